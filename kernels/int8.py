@@ -1,0 +1,83 @@
+"""Activations to int8, one scale per token, in one pass over memory: the first half of W8A8 (the second is matmul.py's loop)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlinear.format import BLOCK_K
+from qlinear.kernels.runtime import device_guard, target_of
+
+#: A row up to this long stays in registers between finding its largest value and writing it.
+_MAX_BLOCK = 8192
+
+
+@triton.jit
+def _largest(x):
+    """The largest absolute value; NaN if there is one, which tl.max would drop.
+
+    The bits of non-negative floats are ordered like the floats, and NaN is above infinity.
+    """
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+
+
+@triton.jit
+def _round(x):
+    """The nearest int8, ties to even, for \\|x\\| <= 127: 1.5 * 2**23 + x has the integer in its low bits."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _quantize_kernel(x_ptr, q_ptr, scale_ptr, K, stride_xm, stride_qm, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
+    """scale[m] = max_k |x[m, k]| / 127, q[m, k] = round(x[m, k] / scale[m]), 0 for K <= k < stride_qm.
+
+    x: [M, K], rows stride_xm apart. q: int8 [M, stride_qm] contiguous. scale: float32 [M].
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x_ptrs = x_ptr + row * stride_xm + tl.arange(0, BLOCK)
+    q_ptrs = q_ptr + row * stride_qm + tl.arange(0, BLOCK)
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptrs, mask=offs < K, other=0.0).to(tl.float32)
+    bits = _largest(x)
+    if not ONE_BLOCK:
+        for start in range(BLOCK, K, BLOCK):
+            x = tl.load(x_ptrs + start, mask=start + offs < K, other=0.0).to(tl.float32)
+            bits = tl.maximum(bits, _largest(x))
+    largest = bits.to(tl.float32, bitcast=True)
+    # A row of zeros (or next to it) gets a scale that is not zero, so that nothing is divided by zero; NaN stays.
+    scale = tl.where(largest < 1e-30, 1e-30, largest) / 127.0
+    tl.store(scale_ptr + row, scale)
+    if ONE_BLOCK:
+        tl.store(q_ptrs, _round(tl.div_rn(x, scale)), mask=offs < stride_qm)
+    else:
+        for start in range(0, stride_qm, BLOCK):
+            x = tl.load(x_ptrs + start, mask=start + offs < K, other=0.0).to(tl.float32)
+            tl.store(q_ptrs + start, _round(tl.div_rn(x, scale)), mask=start + offs < stride_qm)
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One symmetric scale per token, 127 levels, ties to even: ``x[m] ~ q[m, :K] * scale[m]``.
+
+    A token that holds NaN or infinity gets such a scale, hence a non-finite row of the product, and touches no other.
+
+    Args:
+        x: float ``[M, K]``.
+
+    Returns:
+        q: int8 ``[M, K rounded up to 128]``, padded with zeros, so that the product needs no mask. scale: float32 ``[M]``.
+    """
+    m, k = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    padded = -(-k // BLOCK_K) * BLOCK_K
+    q = torch.empty(m, padded, dtype=torch.int8, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    target_of(x.device)
+    if m > 0:
+        block = min(triton.next_power_of_2(padded), _MAX_BLOCK)
+        warps = max(1, min(8, block // 512))
+        with device_guard(x.device):
+            _quantize_kernel[(m,)](x, q, scale, k, x.stride(0), padded, BLOCK=block, ONE_BLOCK=padded <= block, num_warps=warps)
+    return q, scale

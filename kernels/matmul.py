@@ -1,0 +1,215 @@
+"""y = x @ W^T + bias for packed weights: the only matmul loop, its epilogue and its launcher.
+
+Inside, everything is transposed: ``y^T = W x^T``, the weight being the left operand, because Hopper's tensor cores take the
+left operand from registers, where the decoder leaves it. The same source becomes mma.sync or mfma elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlinear.format import BLOCK_K, TILE_N, Format
+from qlinear.kernels.configs import Config, choose_config
+from qlinear.kernels.decode import DECODERS
+from qlinear.kernels.int8 import quantize_activations
+from qlinear.kernels.runtime import Target, counters, device_guard, target_of
+from qlinear.kernels.tiles import concat, decode_block, load_scales, padded_rows, scale_planes
+
+if TYPE_CHECKING:
+    from qlinear.pack import PackedWeight
+
+
+@triton.jit
+def _store_output(acc, y_ptr, scale, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N):
+    """y[m, n] = acc[n, m] * scale[n] * x_scale[m] + bias[n], cast once; scale, x_scale and bias may be None."""
+    acc = acc.to(tl.float32)
+    if scale is not None:
+        acc *= scale.to(tl.float32)[:, None]
+    if x_scale_ptr is not None:
+        acc *= tl.load(x_scale_ptr + offs_m, mask=offs_m < M, other=0.0)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[None, :] & (offs_n < N)[:, None])
+
+
+@triton.jit
+def _share_partials(acc, partial_ptr, counter_ptr, tile, split, splits, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Split-K in one launch: returns ``(sum of all partials, whether this program is the one that stores it)``.
+
+    Every program writes its partial sum and counts itself in; the last to arrive adds all of them in the order of their index, so
+    the bits do not depend on who was last, and sets the counter back to zero for the next launch.
+    """
+    offs = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK_N
+    mask = (tl.arange(0, BLOCK_M) < rows)[None, :]
+    ptrs = partial_ptr + tile.to(tl.int64) * splits * (BLOCK_M * BLOCK_N) + offs
+    tl.store(ptrs + split * (BLOCK_M * BLOCK_N), acc, mask=mask)
+    # All threads have written before one of them counts (release), and none reads before that (acquire).
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu") == splits - 1
+    if is_last:
+        tl.store(counter_ptr + tile, 0)
+        acc = tl.zeros_like(acc)
+        for s in range(splits):
+            # .cg: not from L1, which other processors' writes do not reach.
+            acc += tl.load(ptrs + s * (BLOCK_M * BLOCK_N), mask=mask, other=0, cache_modifier=".cg")
+    return acc, is_last
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
+def _matmul_kernel(
+    x_ptr, w_ptr, scale_ptr, x_scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K, stride_xm, splits,
+    DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
+    MASK_K: tl.constexpr, PTX: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = sum_k x[m, k] * (code[n, k] - zero[n, k // GROUP]) * scale[n, k // GROUP] * x_scale[m] + bias[n]
+
+    x: [M, K], rows stride_xm apart. y: [M, N] contiguous. x_scale: float32 [M] or None. bias: [N] or None.
+    w, scale: prepared layout (see tiles.py); GROUP is None where a scale belongs to a whole row. partial, counter: see
+    _share_partials, None where splits is 1. DT: what the products are computed in; the sum is float32, int32 for int8.
+    """
+    ACC: tl.constexpr = tl.int32 if DT == tl.int8 else tl.float32
+    WORDS: tl.constexpr = 128 // PLANES
+    COUNT: tl.constexpr = 1 if GROUP is None else 128 // GROUP
+    # Columns of one product: a whole block, but one group where the scale goes on the sum.
+    SPAN: tl.constexpr = 128 if SCALE_WEIGHT else 128 // COUNT
+    SLICES: tl.constexpr = (PLANES if PLANES >= COUNT else COUNT) * SPAN // 128
+
+    tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    tiles_m, blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(K, 128)
+    pid_m, pid_n = tile % tiles_m, tile // tiles_m
+    per_split = tl.cdiv(blocks, splits)
+    first, last = split * per_split, tl.minimum((split + 1) * per_split, blocks)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, SPAN)
+
+    w_ptrs = w_ptr + (padded_rows(pid_n, blocks, N, BLOCK_N) + first * 64)[:, None] * WORDS
+    w_ptrs += tl.arange(0, WORDS if PLANES >= COUNT else 128 // COUNT)[None, :]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + first * 128 + offs_k[:, None]
+    x_mask = (offs_m < M)[None, :]
+    if GROUP is None:
+        s_ptrs = scale_ptr + padded_rows(pid_n, 1, N, BLOCK_N) * (2 if OFFSET is None else 1)
+        scales, zeros = load_scales(s_ptrs, 1, OFFSET, DT)
+    else:
+        s_ptrs = scale_ptr + (padded_rows(pid_n, blocks * COUNT, N, BLOCK_N) + first * COUNT * 64) * (2 if OFFSET is None else 1)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    for block in range(first, last):
+        if GROUP is not None:
+            scales, zeros = load_scales(s_ptrs, COUNT, OFFSET, DT)
+        planes = decode_block(w_ptrs, zeros, DECODE, PLANES, COUNT, OFFSET, PTX, DT)
+        if SCALE_WEIGHT:
+            planes = scale_planes(planes, scales, PLANES if PLANES >= COUNT else COUNT, COUNT, DT)
+        for i in tl.static_range(128 // SPAN):
+            if MASK_K:
+                x_mask = (offs_m < M)[None, :] & (block * 128 + i * SPAN + offs_k < K)[:, None]
+            x = tl.load(x_ptrs + i * SPAN, mask=x_mask, other=0).to(DT)
+            w = concat(planes, i * SLICES, SLICES)
+            if GROUP is None or SCALE_WEIGHT:
+                acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                acc += tl.dot(w, x, input_precision=PRECISION) * scales[i].to(tl.float32)[:, None]
+        w_ptrs += 64 * WORDS
+        s_ptrs += 64 * COUNT * (2 if OFFSET is None else 1)
+        x_ptrs += 128
+
+    is_last = True
+    if partial_ptr is not None:
+        acc, is_last = _share_partials(acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N)
+    if is_last:
+        _store_output(acc, y_ptr, scales[0] if GROUP is None else None, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N)
+
+
+_TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.int8: tl.int8}
+
+
+def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config, target: Target) -> dict[str, Any]:
+    """The compile-time arguments of the kernel, for x in ``dtype`` (int8 where the format quantizes activations)."""
+    compute = dtype
+    # The interpreter multiplies bfloat16 numbers as if their bits were integers.
+    if target.interpreted and dtype == torch.bfloat16:
+        compute = torch.float32
+    decoder = DECODERS[fmt.packing]
+    return {
+        "DECODE": decoder.function,
+        "PLANES": decoder.planes,
+        "GROUP": fmt.group_size,
+        "OFFSET": fmt.offset if fmt.symmetric else None,
+        "SCALE_WEIGHT": config.scales_weight(fmt),
+        "MASK_K": in_features % BLOCK_K != 0,
+        "PTX": target.nvidia,
+        "DT": _TRITON_TYPES[compute],
+        # float32 on tensor cores: the sum of three TF32 products is as exact as float32's own.
+        "PRECISION": "tf32x3" if target.nvidia and dtype == torch.float32 else "ieee",
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+
+
+def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+    """``x @ W^T + bias`` for a packed weight ``[N, K]`` in the ``triton`` layout: ``[..., K] -> [..., N]`` in x's dtype.
+
+    Args:
+        x: float16, bfloat16 or float32, any strides.
+        config: for tuning and tests; None is :func:`qlinear.kernels.configs.choose_config`'s.
+
+    Raises:
+        ValueError: the layout, a dtype, a shape or a device does not fit.
+    """
+    if packed.layout != "triton":
+        raise ValueError(f"the kernels read the layout 'triton', got {packed.layout!r}; use packed.to_layout('triton')")
+    if x.dim() == 0 or x.shape[-1] != packed.in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be in_features = {packed.in_features}")
+    x2d = x.reshape(-1, packed.in_features)
+    y = matmul_tensors(x2d, packed.weight, packed.scale, packed.format, packed.out_features, bias, config)
+    return y.view(*x.shape[:-1], packed.out_features)
+
+
+def matmul_tensors(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    fmt: Format,
+    out_features: int,
+    bias: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """:func:`matmul` on the bare tensors of the ``triton`` layout, for x ``[M, K]``."""
+    _check(x, weight, scale, fmt, out_features, bias)
+    if fmt.integer_activations:
+        x_int8, x_scale = quantize_activations(x)
+        return _launch(x_int8, x_scale, weight, scale, fmt, out_features, bias, x.dtype, x.shape[1], config)
+    return _launch(x, None, weight, scale, fmt, out_features, bias, x.dtype, x.shape[1], config)
+
+
+def _check(x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, n: int, bias: Tensor | None) -> None:
+    if x.dim() != 2 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"x must be a float16, bfloat16 or float32 matrix [M, K], got {x.dtype} {tuple(x.shape)}")
+    k = x.shape[1]
+    words = DECODERS[fmt.packing].words
+    wanted = (-(-n // TILE_N), -(-k // BLOCK_K), TILE_N, words)
+    dtype = torch.int8 if fmt.packing == "rows8" else torch.int16
+    if tuple(weight.shape) != wanted or weight.dtype != dtype or not weight.is_contiguous():
+        raise ValueError(
+            f"weight of {fmt} [{n}, {k}] in the layout 'triton' must be contiguous {dtype} {wanted}, "
+            f"got {weight.dtype} {tuple(weight.shape)}"
+        )
+    groups = fmt.groups(wanted[1] * BLOCK_K)
+    shape = (wanted[0], groups, TILE_N) if fmt.symmetric else (wanted[0], groups, TILE_N, 2)
+    if tuple(scale.shape) != shape or not scale.is_floating_point() or not scale.is_contiguous():
+        raise ValueError(
+            f"scale of {fmt} [{n}, {k}] in the layout 'triton' must be contiguous floats {shape}, "
+            f"got {scale.dtype} {tuple(scale.shape)}"
+        )
+    if bias is not None and (tuple(bias.shape) != (n,) or not bias.is_floating_point()):
+        raise ValueError(f"bias must be floats ({n},), got {bias.dtype} {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")

@@ -1,0 +1,91 @@
+"""What the launchers must know of a device, and the counters that split-K needs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+#: (9, 0) for an NVIDIA compute capability, "gfx942" for an AMD architecture.
+Capability = tuple[int, int] | str
+
+#: Output tiles one launch may split along K, and streams that may do so at the same time on one device.
+MAX_SPLIT_TILES = 4096
+STREAMS = 64
+
+
+class Target(NamedTuple):
+    """What a kernel is compiled and configured for."""
+
+    capability: Capability
+    num_sms: int
+    interpreted: bool = False
+
+    @property
+    def nvidia(self) -> bool:
+        """Whether inline PTX may be used."""
+        return not self.interpreted and not isinstance(self.capability, str)
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of tensors on ``device``.
+
+    Raises:
+        ValueError: Triton cannot run there.
+    """
+    # The interpreter computes on any tensor; its configurations are those of an H100.
+    if triton.knobs.runtime.interpret:
+        return Target((9, 0), 132, interpreted=True)
+    if device.type != "cuda":
+        raise ValueError(
+            f"the Triton kernels need tensors on a CUDA or ROCm device, got {device}; "
+            "on a CPU use qlinear.QLinear or torch.ops.qlinear, or set TRITON_INTERPRET=1 before importing triton"
+        )
+    return _gpu_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=None)
+def _gpu_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    capability: Capability = (properties.major, properties.minor)
+    if torch.version.hip is not None:
+        capability = properties.gcnArchName.split(":")[0]
+    return Target(capability, properties.multi_processor_count)
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` current: Triton launches on the current device, whatever its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+_arenas: dict[torch.device, Tensor] = {}
+_rows: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def reserve(device: torch.device) -> Tensor:
+    """Allocates the counters of a device, once: all zero, and every launch leaves them so.
+
+    Call it before CUDA graphs are captured (``prepare`` does): memory that is allocated during a capture belongs to the graph.
+    """
+    if device not in _arenas:
+        _arenas[device] = torch.zeros(STREAMS, MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+    return _arenas[device]
+
+
+def counters(device: torch.device) -> Tensor:
+    """Zeroed int32 counters that no other stream of the device uses at the same time.
+
+    Launches that are captured on one stream share them, as they share cuBLAS's workspace: graphs captured on the same stream
+    must not be replayed at the same time.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    row = _rows.get((device, stream))
+    if row is None:
+        if device not in _arenas and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+        row = _rows[device, stream] = reserve(device)[len(_rows) % STREAMS]
+    return row

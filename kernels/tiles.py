@@ -1,0 +1,99 @@
+"""One block of 128 along K of the prepared layout, for the rows of one program: addresses, scales, decoded planes.
+
+The layout is :mod:`qlinear.layout`'s: weight ``[N/64, K/128, 64, words]``, scale ``[N/64, G, 64]`` or, where zero points are
+stored, ``[N/64, G, 64, 2]``. ``GROUP`` is the format's group size, 128 where the scale belongs to the whole row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qlinear.format import BLOCK_K as _BLOCK_K
+from qlinear.format import TILE_N as _TILE_N
+
+BLOCK_K = tl.constexpr(_BLOCK_K)
+TILE_N = tl.constexpr(_TILE_N)
+
+
+@triton.jit
+def padded_rows(pid_n, per_tile, N, BLOCK_N: tl.constexpr):
+    """For each row of a program: its place in an array ``[N/64, per_tile, 64]`` at index 0 of the middle axis.
+
+    N is padded to 64 only, so a program of more rows may reach past the end: it reads the last tile again there, and need not
+    mask; what it computes for those rows is not stored.
+    """
+    row = tl.arange(0, BLOCK_N)
+    tile = tl.minimum(pid_n * (BLOCK_N // TILE_N) + row // TILE_N, tl.cdiv(N, TILE_N) - 1)
+    return tile.to(tl.int64) * per_tile * TILE_N + row % TILE_N
+
+
+@triton.jit
+def load_scales(ptrs, COUNT: tl.constexpr, OFFSET: tl.constexpr, DT: tl.constexpr):
+    """Scales and zero points of ``COUNT`` neighbouring groups, as two tuples.
+
+    A scale is ``[rows]`` in the dtype it is stored in; a zero point is a column ``[rows, 1]`` of DT (a small integer, exact in
+    every dtype). There are no zero points where the format is symmetric and OFFSET its constant.
+    """
+    scales = ()
+    zeros = ()
+    for g in tl.static_range(COUNT):
+        if OFFSET is None:
+            # Both are 16 bit wide: one 32-bit load for a row's pair.
+            pair = tl.load(ptrs[:, None] + (g * TILE_N * 2 + tl.arange(0, 2))[None, :])
+            scale, zero = tl.split(pair)
+            scales += (scale,)
+            zeros += (zero.to(tl.float32).to(DT)[:, None],)
+        else:
+            scales += (tl.load(ptrs + g * TILE_N),)
+    return scales, zeros
+
+
+@triton.jit
+def decode_block(
+    w_ptrs, zeros, DECODE: tl.constexpr, PLANES: tl.constexpr, COUNT: tl.constexpr, OFFSET: tl.constexpr, PTX: tl.constexpr, DT: tl.constexpr
+):  # fmt: skip
+    """``max(PLANES, COUNT)`` planes of the block in the order of K; ``zeros`` are those of its COUNT groups."""
+    plane_zeros = ()
+    for j in tl.static_range(PLANES):
+        plane_zeros += (zeros[j * COUNT // PLANES] if OFFSET is None else OFFSET,)
+    if PLANES >= COUNT:
+        return DECODE(tl.load(w_ptrs), plane_zeros, PTX, DT)
+    else:
+        # int8 in groups of 32: a plane is two groups wide, so the two halves of its words are decoded apart.
+        a, c = DECODE(tl.load(w_ptrs), plane_zeros, PTX, DT)
+        b, d = DECODE(tl.load(w_ptrs + BLOCK_K // COUNT), plane_zeros, PTX, DT)
+        return (a, b, c, d)
+
+
+@triton.jit
+def scale_planes(planes, scales, PLANES: tl.constexpr, COUNT: tl.constexpr, DT: tl.constexpr):
+    """``plane * scale`` rounded once to DT, whatever dtype the scales of the COUNT groups are stored in."""
+    scaled = ()
+    for j in tl.static_range(PLANES):
+        scale = scales[j * COUNT // PLANES][:, None]
+        if scale.dtype == DT and planes[j].dtype == DT:
+            scaled += (planes[j] * scale,)
+        else:
+            scaled += ((planes[j].to(tl.float32) * scale.to(tl.float32)).to(DT),)
+    return scaled
+
+
+@triton.jit
+def concat(planes, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """``COUNT`` planes ``[rows, W]`` from ``FIRST`` on, side by side: ``[rows, COUNT * W]``.
+
+    This order of joins is the one that costs no data movement when the result is the left operand of a product: every thread
+    already holds what it needs.
+    """
+    rows: tl.constexpr = planes[FIRST].shape[0]
+    width: tl.constexpr = planes[FIRST].shape[1]
+    if COUNT == 1:
+        return planes[FIRST]
+    elif COUNT == 2:
+        pair = tl.join(planes[FIRST], planes[FIRST + 1])
+        return tl.reshape(tl.permute(pair, (0, 2, 1)), (rows, 2 * width))
+    else:
+        even = tl.join(planes[0], planes[2])
+        odd = tl.join(planes[1], planes[3])
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (rows, 4 * width))

@@ -1,0 +1,220 @@
+"""``convert``: swaps the linear layers of a model for quantized ones, in place, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import re
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qlinear.format import Scheme
+from qlinear.linear import QLinear, is_conv1d
+
+#: A scheme for every linear layer, or an ordered mapping of name patterns to schemes (None leaves a layer in float).
+What = str | Scheme | Mapping[str, str | Scheme | None]
+
+
+@dataclass
+class Candidate:
+    """One distinct module of a model, under all its names, and what stands against converting it."""
+
+    module: nn.Module
+    names: list[str] = field(default_factory=list)
+    #: Why it cannot be converted at all; None where it can.
+    obstacle: str | None = None
+    #: The parameter its weight is shared with; such a layer is converted only when asked for by its exact name.
+    tied_to: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def convert(
+    model: nn.Module, what: What, *, compute_dtype: torch.dtype | None = None, progress: bool | None = None
+) -> nn.Module:
+    """Swaps ``nn.Linear`` and Hugging Face ``Conv1D`` layers for :class:`~qlinear.QLinear`, in place, and returns the root.
+
+    Args:
+        model: any module; when it is itself a linear layer, the new layer is returned.
+        what: a scheme, or an ordered mapping from patterns to schemes. A pattern is a glob over the layer's dotted name
+            (``"*.mlp.*"``) or a regular expression after ``re:`` that must match the whole name; the first that matches
+            wins, and None leaves the layer in float. A layer whose weight is tied to another module (an ``lm_head`` tied to
+            the embedding) is left alone unless a pattern is its exact name.
+        compute_dtype: compute in this dtype, whatever the input's: ``torch.bfloat16`` makes a float32 model fast on a CPU.
+        progress: a progress bar on standard error; None shows it where the work is long.
+
+    A module used twice is converted once. Peak extra memory is one layer: what is replaced is kept in a temporary file until
+    the end. Any failure leaves the model exactly as it was.
+
+    Raises:
+        ValueError: unknown scheme, a pattern that matches no linear layer, nothing to convert, or a layer that was asked for
+            and cannot be converted; the message names the layer.
+    """
+    rules = _rules(what)
+    chosen = [(c, scheme) for c, scheme in _choose(model, rules) if scheme is not None]
+    undo = _Undo(model)
+    weights = sum(c.module.weight.numel() for c, _ in chosen)  # type: ignore[union-attr, operator, misc]
+    hidden = weights < 50_000_000 if progress is None else not progress
+    try:
+        for candidate, scheme in tqdm(chosen, desc="quantizing", unit="layer", disable=hidden):
+            try:
+                new = QLinear.from_float(candidate.module, scheme, compute_dtype)
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise type(error)(f"layer {candidate.name!r} ({scheme}): {error}") from error
+            _keep_hooks(candidate.module, new)
+            if "" in candidate.names:
+                return new
+            undo.keep(candidate)
+            _replace(model, candidate, new)
+            if candidate.tied_to is not None:
+                undo.untie_config()
+    except BaseException:
+        undo.restore()
+        raise
+    finally:
+        undo.close()
+    return model
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Puts every quantized layer into the layout its device computes with, in place: after loading plain weights by hand."""
+    for module in model.modules():
+        if isinstance(module, QLinear):
+            module.prepare()
+    return model
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """The linear layers of a model, each once, in order, with what stands against converting it."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    found: dict[int, Candidate] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = id(module) not in found
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            entry = found.setdefault(id(module), Candidate(module, obstacle=_obstacle(module)))
+            entry.names.append(name)
+        for key, parameter in module._parameters.items():
+            if parameter is not None and first and all(m is not module for m, _ in owners.get(id(parameter), [])):
+                owners.setdefault(id(parameter), []).append((module, f"{name}.{key}" if name else key))
+    for entry in found.values():
+        shared = [n for m, n in owners.get(id(entry.module.weight), []) if m is not entry.module]
+        entry.tied_to = shared[0] if shared else None
+    return list(found.values())
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why this linear layer cannot be swapped, or None."""
+    kind = type(module)
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "its weight is read directly by nn.MultiheadAttention, past its forward"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (offloading or a wrapper)"
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrized"
+    if isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward:
+        return f"{kind.__name__} has a forward of its own"
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialized yet"
+    return None
+
+
+def _rules(what: What) -> list[tuple[str | None, Scheme | None]]:
+    if isinstance(what, Mapping):
+        if not what:
+            raise ValueError("the mapping of patterns to schemes is empty")
+        return [(pattern, None if scheme is None else Scheme.parse(scheme)) for pattern, scheme in what.items()]
+    return [(None, Scheme.parse(what))]
+
+
+def _matches(pattern: str | None, names: list[str]) -> bool:
+    if pattern is None:
+        return True
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+        return any(expression.fullmatch(name) for name in names)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def _choose(model: nn.Module, rules: list[tuple[str | None, Scheme | None]]) -> list[tuple[Candidate, Scheme | None]]:
+    """The scheme of each linear layer, after checking that every pattern matches something and something is converted."""
+    layers = candidates(model)
+    for pattern, _ in rules:
+        if not any(_matches(pattern, c.names) for c in layers):
+            names = ", ".join(c.name for c in layers[:6]) + (", ..." if len(layers) > 6 else "")
+            wanted = "" if pattern is None else f"pattern {pattern!r} matches no linear layer; "
+            raise ValueError(f"{wanted}the model's linear layers are: {names or 'none'}")
+    chosen: list[tuple[Candidate, Scheme | None]] = []
+    for layer in layers:
+        rule = next((rule for rule in rules if _matches(rule[0], layer.names)), (None, None))
+        by_name = rule[0] in layer.names
+        if by_name and rule[1] is not None and layer.obstacle:
+            raise ValueError(f"layer {layer.name!r} cannot be converted: {layer.obstacle}")
+        left = layer.obstacle is not None or (layer.tied_to is not None and not by_name)
+        chosen.append((layer, None if left else rule[1]))
+    if all(scheme is None for _, scheme in chosen):
+        reasons = {layer.name: layer.obstacle or (f"tied to {layer.tied_to}" if layer.tied_to else "None") for layer, _ in chosen}
+        raise ValueError(f"nothing to convert: {reasons}")
+    return chosen
+
+
+def _replace(model: nn.Module, candidate: Candidate, new: nn.Module) -> None:
+    for name in candidate.names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+
+
+def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Forward hooks that someone put on the layer go on working."""
+    for key, value in old.__dict__.items():
+        if key.startswith(("_forward_", "_backward_")) and isinstance(value, dict):
+            new.__dict__[key] = value
+
+
+class _Undo:
+    """Puts replaced layers back. Their weights wait in a temporary file, so that memory is freed as the work goes on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._file = tempfile.TemporaryFile(prefix="qlinear-undo-")
+        self._kept: list[tuple[Candidate, weakref.ref[nn.Module], weakref.ref[Tensor], Tensor, int, bool]] = []
+        self._tie: bool | None = None
+
+    def keep(self, candidate: Candidate) -> None:
+        """Remembers a layer about to be replaced, without holding its weight in memory."""
+        module, weight = candidate.module, candidate.module.weight
+        assert isinstance(weight, Tensor)
+        shell = copy.copy(module)
+        shell._parameters = {**module._parameters, "weight": None}
+        position = self._file.tell()
+        for part in weight.detach().cpu().contiguous().view(torch.uint8).split(1 << 20):
+            self._file.write(part.numpy().tobytes())
+        meta = torch.empty_like(weight, device="meta")
+        entry = (candidate, weakref.ref(module), weakref.ref(weight), meta, position, weight.requires_grad)
+        self._devices = [*getattr(self, "_devices", []), weight.device]
+        self._kept.append(entry)
+        candidate.module = shell
+
+    def untie_config(self) -> None:
+        """A converted lm_head is no longer tied: the model's config has to say so, or tie_weights would tie it again."""
+        config = getattr(self._model, "config", None)
+        if self._tie is None and getattr(config, "tie_word_embeddings", None):
+            self._tie = True
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+    def restore(self) -> None: ...
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self) -> Iterator[Tensor]: ...

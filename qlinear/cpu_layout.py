@@ -1,0 +1,117 @@
+"""The ``cpu`` layout: what PyTorch's packed CPU operators read.
+
+- int4 (scales stored in bfloat16): ``weight`` uint8 as ``aten::_convert_weight_to_int4pack_for_cpu`` orders it, ``scale``
+  bfloat16 ``[K/g, N, 2]`` holding scale and ``(8 - zero_point) * scale`` as ``aten::_weight_int4pack_mm_for_cpu`` wants.
+  N is padded to a multiple of 16. A group that does not divide K becomes the largest smaller one that does, with repeated
+  scales; where none does, K is padded to a multiple of 32.
+- int4 with float16 or float32 scales: stays plain. The packed operator would round the scales, and has no fast path there.
+- int8: ``weight`` int8 ``[N, K]`` signed; for w8a16 K is padded to a multiple of 32, because
+  ``aten::_weight_int8pack_mm`` reads past the end of a row in bfloat16 otherwise.
+
+The order of the int4 bytes differs between AVX2 and AVX-512 and has no inverse operator. :func:`row_blocks` finds the
+order by packing a probe; nothing in this layout is ever written to disk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qlinear.bits import pack_bits, unpack_bits
+from qlinear.format import Format
+
+Tensors = tuple[Tensor, Tensor, Tensor | None]
+
+#: Group sizes of the packed int4 operator.
+_OPERATOR_GROUPS = (256, 128, 64, 32)
+
+
+def from_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
+    words, scale, zero = tensors
+    if fmt.bits == 8:
+        codes = unpack_bits(words, 8, k)
+        columns = -(-k // 32) * 32 if fmt.group_size is None and not fmt.integer_activations else k
+        values = (codes.to(torch.int16) - fmt.offset).to(torch.int8)
+        return torch.nn.functional.pad(values, (0, columns - k)), scale, zero
+    if scale.dtype != torch.bfloat16:
+        return tensors
+    group, columns, rows = _operator_group(fmt, k), -(-k // 32) * 32, -(-n // 16) * 16
+    codes = torch.nn.functional.pad(unpack_bits(words, 4, k), (0, columns - k, 0, rows - n), value=fmt.offset)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    zeros = torch.full_like(scale, fmt.offset) if zero is None else unpack_bits(zero.t(), 4, n).t().to(scale.dtype)
+    # (8 - zero_point) has few enough bits for bfloat16; its product with the scale is rounded once.
+    both = torch.stack((scale, (fmt.offset - zeros) * scale), dim=-1)
+    index = torch.arange(0, columns, group, device=scale.device) // (fmt.group_size or columns)
+    both = torch.nn.functional.pad(both[:, index], (0, 0, 0, 0, 0, rows - n))
+    return packed, both.transpose(0, 1).contiguous(), None if zero is None else zero.new_empty(0)
+
+
+def to_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
+    weight, scale, zero = tensors
+    if fmt.bits == 8:
+        codes = (weight[:, :k].to(torch.int16) + fmt.offset).to(torch.uint8)
+        return pack_bits(codes, 8), scale, zero
+    blocks = zip(row_blocks(weight.shape[0]), int4_tiles(weight), strict=True)
+    codes = torch.cat([tile[:, order.argsort()].t() for (_, order), (_, tile) in blocks])
+    group = _columns(weight) // scale.shape[0]
+    every = 1 if fmt.group_size is None else fmt.group_size // group
+    both = scale.transpose(0, 1)[:n, ::every][:, : fmt.groups(k)]
+    stored = both[..., 0].contiguous()
+    if zero is not None:
+        zeros = zero_points(both)
+        zero = pack_bits(zeros.to(torch.uint8).t(), 4).t().contiguous()
+    return pack_bits(codes[:n, :k].contiguous(), 4), stored, zero
+
+
+def zero_points(scale_and_zero: Tensor) -> Tensor:
+    """The integer zero points behind ``[..., 2]`` pairs of scale and ``(8 - zero_point) * scale``; exact."""
+    scale, shifted = scale_and_zero.float().unbind(-1)
+    return 8 - torch.where(scale == 0, 0, shifted / scale).round()
+
+
+def _operator_group(fmt: Format, k: int) -> int:
+    """The operator's group size for a row of k weights: the largest allowed that divides both K and our group."""
+    columns = -(-k // 32) * 32
+    own = fmt.group_size or columns
+    return next(g for g in _OPERATOR_GROUPS if columns % g == 0 and own % g == 0)
+
+
+def _columns(packed: Tensor) -> int:
+    """Columns of a packed int4 weight, its padding included (the operator stores ``[N, K/2]`` bytes)."""
+    return packed.shape[1] * 2
+
+
+def int4_tiles(packed: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The blocks of a packed int4 weight: (first row, codes uint8 ``[columns, rows]``), rows as :func:`row_blocks` orders them."""
+    flat, columns = packed.view(-1), _columns(packed)
+    for start, order in row_blocks(packed.shape[0]):
+        size = len(order)
+        block = flat[start * columns // 2 : (start + size) * columns // 2].view(columns, size // 2)
+        yield start, torch.stack((block & 15, block >> 4), dim=-1).view(columns, size)
+
+
+@functools.cache
+def row_blocks(rows: int) -> tuple[tuple[int, Tensor], ...]:
+    """How this CPU orders packed int4 rows: (first row, row of each nibble at one column), block by block."""
+    first = _block_order(64)
+    size = len(first)
+    blocks = [(start, first) for start in range(0, rows - size + 1, size)]
+    if rows % size:
+        blocks.append((rows - rows % size, _block_order(rows % size)))
+    return tuple(blocks)
+
+
+@functools.cache
+def _block_order(rows: int) -> Tensor:
+    """Packs a probe whose codes spell the row number, a hexadecimal digit at a time, and reads its first column."""
+    number = torch.arange(rows, dtype=torch.int32)
+    column = torch.arange(32, dtype=torch.int32)
+    digits = []
+    for probe in (number[:, None].expand(rows, 32), (number >> 4)[:, None].expand(rows, 32), column.expand(rows, 32)):
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((probe & 15).contiguous(), 1).view(-1)
+        digits.append(torch.stack((packed & 15, packed >> 4), dim=-1).view(-1).long())
+    length = int((digits[2] != 0).nonzero()[0]) if bool((digits[2] != 0).any()) else rows
+    return (digits[0] + 16 * digits[1])[:length]

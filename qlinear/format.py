@@ -1,0 +1,155 @@
+"""Schemes (what a user asks for) and formats (how one weight is stored).
+
+Everything else reads the formats from here: packing, the reference, the kernels, the module, the benchmarks and the tests.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+#: Weights are packed in blocks of this many along K (in_features): see :mod:`qlinear.layout`.
+BLOCK_K = 128
+#: Rows (out_features) that lie together in one tile of the prepared GPU layout.
+TILE_N = 64
+
+_GRAMMAR = re.compile(
+    r"w(?P<weight>\d+)a(?P<activation>\d+)(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?(?P<asym>-asym)?"
+    r"(?:-(?P<sparsity>2:4|block\d+))?"
+)
+_GRAMMAR_TEXT = "w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>]"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one weight ``[N, K]`` (out_features, in_features) is stored. Pure data; the properties follow from it.
+
+    A code is an unsigned integer of ``bits`` bits; its value is ``(code - zero_point) * scale``, where a symmetric format
+    has the constant zero point ``offset``. Scales (and zero points) belong to ``group_size`` neighbours along K, or to a
+    whole row where ``group_size`` is None. The last group of a row may be short.
+    """
+
+    name: str
+    bits: int
+    activation_bits: int
+    group_size: int | None
+    symmetric: bool
+    #: Key of the decoder in :mod:`qlinear.kernels.decode`: ``planar4``, ``planar8`` (16-bit words) or ``rows8`` (int8).
+    packing: str
+
+    @property
+    def offset(self) -> int:
+        """The code of zero in a symmetric format: 8 for int4, 128 for int8."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def max_code(self) -> int:
+        return (1 << self.bits) - 1
+
+    @property
+    def planes(self) -> int:
+        """Codes in one 16-bit word of the prepared GPU layout."""
+        return 16 // self.bits
+
+    @property
+    def integer_activations(self) -> bool:
+        return self.activation_bits == 8
+
+    def groups(self, in_features: int) -> int:
+        """Scales in one row of ``in_features`` weights."""
+        return 1 if self.group_size is None else -(-in_features // self.group_size)
+
+    def words(self, in_features: int) -> int:
+        """int32 words in one row of the plain layout."""
+        return -(-in_features * self.bits // 32)
+
+    def zero_point_words(self, out_features: int) -> int:
+        """int32 words in one column of the plain layout's packed zero points."""
+        return -(-out_features * self.bits // 32)
+
+    def weight_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2) -> int:
+        """Bytes of one weight in the plain layout: codes, scales and zero points, padding of the last word included."""
+        groups = self.groups(in_features)
+        codes = out_features * self.words(in_features) * 4
+        zeros = 0 if self.symmetric else self.zero_point_words(out_features) * groups * 4
+        return codes + out_features * groups * scale_bytes + zeros
+
+    def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        """The dtype scales are stored in: the weight's own, except that grouped or asymmetric float32 becomes float16.
+
+        Rounding happens after the scale is rounded, so a 16-bit scale costs next to nothing; it halves the scales.
+        """
+        if weight_dtype in (torch.float16, torch.bfloat16):
+            return weight_dtype
+        return torch.float32 if self.group_size is None and self.symmetric else torch.float16
+
+    def max_error(self, dtype: torch.dtype) -> float:
+        """Bound on ``norm(y - ref) / norm(ref)`` of a kernel against float64 on the same packed weights."""
+        return {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 2e-5}[dtype]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _supported() -> dict[str, Format]:
+    formats = [Format("w8a8", 8, 8, None, True, "rows8"), Format("w8a16", 8, 16, None, True, "planar8")]
+    formats += [Format(f"w8a16-g{g}", 8, 16, g, True, "planar8") for g in (32, 64, 128)]
+    for symmetric, suffix in ((True, ""), (False, "-asym")):
+        for group, infix in ((128, ""), (64, "-g64"), (32, "-g32"), (None, "-channel")):
+            formats.append(Format(f"w4a16{infix}{suffix}", 4, 16, group, symmetric, "planar4"))
+    return {f.name: f for f in formats}
+
+
+#: Every format that exists, by the name of its scheme. Tests, benchmarks and ``qlinear doctor`` walk this.
+FORMATS: dict[str, Format] = _supported()
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a user asks for: weight and activation bits, granularity, symmetry, sparsity.
+
+    The grammar is ``w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>]``; ``w4a16`` means group_size 128 and
+    ``w8a16`` one scale per output channel. ``str(Scheme.parse(s))`` is the canonical name, and parses to the same scheme.
+
+    Raises:
+        ValueError: the scheme cannot be parsed or does not exist; the message lists those that do.
+    """
+
+    weight_bits: int
+    activation_bits: int = 16
+    group_size: int | None = None
+    symmetric: bool = True
+    sparsity: str | None = None
+
+    def __post_init__(self) -> None:
+        if str(self) not in FORMATS:
+            raise ValueError(f"scheme {str(self)!r} does not exist; the schemes are: {', '.join(FORMATS)}")
+
+    @classmethod
+    def parse(cls, text: str | Scheme) -> Scheme:
+        """Reads a scheme's name; a Scheme is returned as it is."""
+        if isinstance(text, Scheme):
+            return text
+        if not isinstance(text, str):
+            raise ValueError(f"a scheme is a string such as 'w4a16' or a qlinear.Scheme, got {text!r}")
+        match = _GRAMMAR.fullmatch(text.strip().lower())
+        if match is None:
+            raise ValueError(f"scheme {text!r} is not of the form {_GRAMMAR_TEXT}; the schemes are: {', '.join(FORMATS)}")
+        bits = int(match["weight"])
+        group = int(match["group"]) if match["group"] else None
+        if group is None and not match["channel"] and bits == 4:
+            group = 128
+        return cls(bits, int(match["activation"]), group, not match["asym"], match["sparsity"])
+
+    def __str__(self) -> str:
+        name = f"w{self.weight_bits}a{self.activation_bits}"
+        default = 128 if self.weight_bits == 4 else None
+        if self.group_size != default:
+            name += "-channel" if self.group_size is None else f"-g{self.group_size}"
+        return name + ("" if self.symmetric else "-asym") + (f"-{self.sparsity}" if self.sparsity else "")
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[str(self)]

@@ -1,0 +1,115 @@
+"""The layouts of one packed weight, and the exact conversions between them.
+
+``plain`` is what a checkpoint holds (:mod:`qlinear.bits`). ``triton`` is what the GPU kernels read: tiles of ``TILE_N`` rows by
+``BLOCK_K`` columns, each contiguous, N and K padded so that the hot loop needs no mask on weights:
+
+- ``planar4``: int16 words ``[N/64, K/128, 64, 32]``; word ``i`` holds in nibble ``j`` the code of ``k = 128*block + 32*j + i``.
+- ``planar8``: int16 words ``[N/64, K/128, 64, 64]``; word ``i`` holds in byte ``j`` the code (value + 128) of ``k = 128*block + 64*j + i``.
+- ``rows8``: int8 values ``[N/64, K/128, 64, 128]`` in natural order, for int8 x int8 products.
+- scales ``[N/64, G, 64]``, G counted on the padded K (1 per channel); where the format is asymmetric ``[N/64, G, 64, 2]`` holds
+  scale and zero point (exact in 16 bit), so that one 32-bit load brings both. Padded rows and groups have scale 0.
+
+``cpu`` is what PyTorch's packed CPU operators read: :mod:`qlinear.cpu_layout`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlinear import cpu_layout
+from qlinear.bits import pack_bits, unpack_bits
+from qlinear.format import BLOCK_K, TILE_N, Format
+
+LAYOUTS = ("plain", "triton", "cpu")
+
+#: weight, scale, zero_point
+Tensors = tuple[Tensor, Tensor, Tensor | None]
+
+
+def layout_of(weight: Tensor) -> str:
+    """The layout of a packed weight, told by its dtype and shape alone."""
+    if weight.dtype == torch.int32:
+        return "plain"
+    return "triton" if weight.dim() == 4 else "cpu"
+
+
+def native_layout(device: torch.device) -> str:
+    """The layout the matmul of this device reads fastest."""
+    return {"cuda": "triton", "cpu": "cpu"}.get(device.type, "plain")
+
+
+def convert(tensors: Tensors, source: str, target: str, fmt: Format, n: int, k: int) -> Tensors:
+    """Converts between two layouts, through ``plain``."""
+    if source == target:
+        return tensors
+    if source == "triton":
+        tensors = _from_triton(tensors, fmt, n, k)
+    elif source == "cpu":
+        tensors = cpu_layout.to_plain(tensors, fmt, n, k)
+    if target == "triton":
+        return _to_triton(tensors, fmt, n, k)
+    return cpu_layout.from_plain(tensors, fmt, n, k) if target == "cpu" else tensors
+
+
+def _pad(t: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
+    return torch.nn.functional.pad(t, (0, columns - t.shape[1], 0, rows - t.shape[0]), value=value)
+
+
+def _padded(n: int, k: int) -> tuple[int, int]:
+    return -(-n // TILE_N) * TILE_N, -(-k // BLOCK_K) * BLOCK_K
+
+
+def _to_triton(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
+    words, scale, zero = tensors
+    rows, columns = _padded(n, k)
+    # A padded column multiplies a masked activation (0), so any finite weight is right there; `offset` makes it 0 as well.
+    codes = _pad(unpack_bits(words, fmt.bits, k), rows, columns, fmt.offset)
+    tiles = codes.view(rows // TILE_N, TILE_N, columns // BLOCK_K, BLOCK_K).transpose(1, 2)
+    if fmt.packing == "rows8":
+        weight = (tiles.to(torch.int16) - fmt.offset).to(torch.int8).contiguous()
+    else:
+        planes = tiles.unflatten(-1, (fmt.planes, -1))
+        weight = pack_planes(planes, fmt.bits)
+    groups = fmt.groups(columns)
+    scales = _tile_scales(scale, rows, groups)
+    if zero is not None:
+        zeros = unpack_bits(zero.t(), fmt.bits, n).t().to(scale.dtype)
+        scales = torch.stack((scales, _tile_scales(zeros, rows, groups)), dim=-1)
+    return weight, scales.contiguous(), None if zero is None else zero.new_empty(0)
+
+
+def _tile_scales(scale: Tensor, rows: int, groups: int) -> Tensor:
+    return _pad(scale, rows, groups).view(rows // TILE_N, TILE_N, groups).transpose(1, 2)
+
+
+def pack_planes(planes: Tensor, bits: int) -> Tensor:
+    """Codes ``[..., P, W]`` into int16 words ``[..., W]``: plane ``j`` goes to bits ``[j*bits, (j+1)*bits)``."""
+    words = planes[..., 0, :].to(torch.int32)
+    for j in range(1, planes.shape[-2]):
+        words = words | (planes[..., j, :].to(torch.int32) << (bits * j))
+    return words.to(torch.int16).contiguous()
+
+
+def unpack_planes(words: Tensor, bits: int) -> Tensor:
+    """int16 words ``[..., W]`` into uint8 codes ``[..., 16/bits, W]``: the inverse of :func:`pack_planes`."""
+    wide, mask = words.to(torch.int32), (1 << bits) - 1
+    return torch.stack([((wide >> shift) & mask).to(torch.uint8) for shift in range(0, 16, bits)], dim=-2)
+
+
+def _from_triton(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
+    weight, scale, zero = tensors
+    if fmt.packing == "rows8":
+        tiles = (weight.to(torch.int16) + fmt.offset).to(torch.uint8)
+    else:
+        tiles = unpack_planes(weight, fmt.bits).flatten(-2)
+    codes = tiles.transpose(1, 2).flatten(2).flatten(0, 1)
+    words = pack_bits(codes[:n, :k], fmt.bits)
+    if zero is not None:
+        zeros = _untile_scales(scale[..., 1], fmt, n, k).to(torch.uint8)
+        zero, scale = pack_bits(zeros.t(), fmt.bits).t().contiguous(), scale[..., 0]
+    return words, _untile_scales(scale, fmt, n, k), zero
+
+
+def _untile_scales(scale: Tensor, fmt: Format, n: int, k: int) -> Tensor:
+    return scale.transpose(1, 2).flatten(0, 1)[:n, : fmt.groups(k)].contiguous()

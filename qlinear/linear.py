@@ -1,0 +1,214 @@
+"""``QLinear``: the drop-in module for a quantized ``nn.Linear``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlinear import layout as layouts
+from qlinear import ops
+from qlinear.format import Format, Scheme
+from qlinear.pack import PackedWeight, pack_codes
+from qlinear.quantize import quantize
+
+_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is Hugging Face's ``Conv1D`` (GPT-2): a linear layer whose weight is ``[in, out]``."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+class QLinear(nn.Module):
+    """A linear layer with packed weights: ``y = x @ W.T + bias`` for x ``[..., in_features]`` in float16, bfloat16 or float32.
+
+    Buffers carry the names and the plain layout of a checkpoint: ``weight_packed`` int32, ``weight_scale``,
+    ``weight_zero_point`` int32 (asymmetric schemes). :meth:`prepare` puts them into the layout this device computes with, in
+    place; ``state_dict``, pickling and ``deepcopy`` always go through plain, so no file holds one machine's private order.
+    ``to(dtype)`` changes the bias and never the codes or the stored scales.
+
+    Args:
+        in_features, out_features, bias: as in ``nn.Linear``.
+        scheme: for example ``"w4a16"``.
+        dtype: of the float weight it stands for, and of the bias.
+        compute_dtype: the input is cast to it and the output back; None computes in the input's dtype.
+
+    Raises:
+        ValueError: the scheme does not exist.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: str | Scheme,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dtype = dtype or torch.get_default_dtype()
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme = str(Scheme.parse(scheme))
+        self.float_dtype, self.compute_dtype = dtype, compute_dtype
+        fmt, groups = self.format, self.format.groups(in_features)
+        zero = None if fmt.symmetric else _empty((fmt.zero_point_words(out_features), groups), torch.int32, device)
+        self.register_buffer("weight_packed", _empty((out_features, fmt.words(in_features)), torch.int32, device))
+        self.register_buffer("weight_scale", _empty((out_features, groups), fmt.scale_dtype(compute_dtype or dtype), device))
+        self.register_buffer("weight_zero_point", zero)
+        self.bias = nn.Parameter(_empty((out_features,), dtype, device)) if bias else None
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Module, scheme: str | Scheme, compute_dtype: torch.dtype | None = None
+    ) -> QLinear:
+        """Quantizes an ``nn.Linear`` or a Hugging Face ``Conv1D``; the layer itself is left alone, its bias is shared.
+
+        Raises:
+            TypeError: the layer is neither.
+            ValueError: unknown scheme, or a weight that is not finite or has no data (``meta``).
+        """
+        conv1d = is_conv1d(linear)
+        if not (conv1d or isinstance(linear, nn.Linear)):
+            raise TypeError(f"QLinear is made from nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
+        weight: Tensor = linear.weight.detach()  # type: ignore[operator]  # a Parameter, typed as Tensor | Module
+        if weight.is_meta:
+            raise ValueError("the weight is on the meta device: it has no data to quantize; load the model first")
+        if conv1d:
+            weight = weight.t()
+        n, k = weight.shape
+        self = cls(k, n, scheme, bias=False, device="meta", dtype=weight.dtype, compute_dtype=compute_dtype)
+        source = weight if compute_dtype is None else weight.to(compute_dtype)
+        self._set(pack_codes(quantize(source, self.format), self.format))
+        self.bias = linear.bias  # type: ignore[assignment]
+        self.prepare()
+        return self.train(linear.training)
+
+    @property
+    def format(self) -> Format:
+        return Scheme.parse(self.scheme).format
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight's tensors as they are now (a view, no copy)."""
+        return PackedWeight(
+            self.weight_packed, self.weight_scale, self.weight_zero_point, self.format, self.out_features, self.in_features
+        )
+
+    @property
+    def layout(self) -> str:
+        """``plain``, ``triton`` or ``cpu``: told by the tensor."""
+        return layouts.layout_of(self.weight_packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        compute = self.compute_dtype
+        if torch.is_autocast_enabled(x.device.type):
+            compute = compute or torch.get_autocast_dtype(x.device.type)
+            dtype = torch.get_autocast_dtype(x.device.type)
+        if compute is not None and x.dtype != compute:
+            x = x.to(compute)
+        y = ops.linear(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            self.scheme,
+            self.in_features,
+            self.out_features,
+        )
+        return y if y.dtype == dtype else y.to(dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float weight ``[out_features, in_features]`` this layer computes with, in the dtype it was made from."""
+        return self.packed.dequantize(dtype or self.float_dtype)
+
+    def prepare(self) -> QLinear:
+        """Puts the weight into the layout this device computes with; does nothing where it is there already, or on ``meta``."""
+        if not self.weight_packed.is_meta and self.layout == "plain":
+            self._set(self.packed.to_layout())
+        return self
+
+    def unprepare(self) -> QLinear:
+        """Puts the weight back into the plain layout, bit for bit."""
+        self._set(self.packed.to_layout("plain"))
+        return self
+
+    def _set(self, packed: PackedWeight) -> None:
+        self.weight_packed, self.weight_scale, self.weight_zero_point = packed.weight, packed.scale, packed.zero_point
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
+        probe = fn(self.weight_packed.new_empty(0))
+        if probe.dtype != self.weight_packed.dtype:
+            raise ValueError(f"packed weights cannot become {probe.dtype}; use .to(dtype), which leaves them alone")
+        prepared = self.layout != "plain"
+        if prepared and probe.device != self.weight_packed.device:
+            self.unprepare()
+        # Seen as integers, scales pass through casts to another float dtype untouched.
+        dtype = self.weight_scale.dtype
+        self.weight_scale = self.weight_scale.view(_integer(dtype))
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.weight_scale = self.weight_scale.view(dtype)
+        return self.prepare() if prepared else self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != "plain":
+            plain = self.packed.to_layout("plain")
+            for name, tensor in zip(_BUFFERS, (plain.weight, plain.scale, plain.zero_point), strict=True):
+                if tensor is not None:
+                    destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        prepared = self.layout != "plain"
+        if prepared:
+            self.unprepare()
+        scale = state_dict.get(prefix + "weight_scale")
+        if isinstance(scale, Tensor) and scale.dtype != self.weight_scale.dtype:
+            # The checkpoint's scales are kept as they are; copying into another dtype would round them.
+            self.weight_scale = self.weight_scale.to(scale.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prepared:
+            self.prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        plain = self.packed.to_layout("plain")
+        tensors = zip(_BUFFERS, (plain.weight, plain.scale, plain.zero_point), strict=True)
+        state["_buffers"] = {**self._buffers, **dict(tensors)}
+        state["_was_prepared"] = self.layout != "plain"
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        prepared = state.pop("_was_prepared", False)
+        super().__setstate__(state)
+        if prepared:
+            self.prepare()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme}, layout={self.layout}, bytes={self.packed.nbytes}"
+        )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _integer(dtype: torch.dtype) -> torch.dtype:
+    return torch.int32 if dtype.itemsize == 4 else torch.int16

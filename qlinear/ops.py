@@ -1,0 +1,180 @@
+"""``torch.ops.qlinear.*``: schema, shapes, CPU and CUDA implementations and autograd, registered once.
+
+Compile, export and CUDA graphs see one opaque call per layer. The scheme travels by name; the layout is told by the weight.
+
+- ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features)``: ``x @ W.T + bias`` for x ``[..., K]``.
+- ``dequantize(weight, scale, zero_point?, scheme, in_features, out_features, dtype)``: the float weight ``[N, K]``.
+- ``quantize_activations(x)``: int8 values ``[M, K]`` and float32 scales ``[M, 1]`` of x ``[M, K]``, per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qlinear import cpu
+from qlinear.format import FORMATS
+from qlinear.layout import layout_of
+from qlinear.pack import PackedWeight
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+#: Tokens from which a GPU dequantizes into scratch and uses the vendor's matmul: by count, not yet by measurement (at 8192x8192
+#: the extra pass over the weight costs as much as a 16-bit product of about 230 tokens).
+GPU_DEQUANTIZE_TOKENS = 256
+
+_library = torch.library.Library("qlinear", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, str scheme, "
+    "int in_features, int out_features) -> Tensor"
+)
+_library.define(
+    "dequantize(Tensor weight, Tensor scale, Tensor? zero_point, str scheme, int in_features, int out_features, "
+    "ScalarType dtype) -> Tensor"
+)
+_library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
+
+
+def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
+    if x.shape[-1] != in_features:
+        raise ValueError(f"the last dimension of the input is {x.shape[-1]}, the layer's in_features is {in_features}")
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"the input is {x.dtype}; a quantized linear layer takes float16, bfloat16 or float32")
+    if x.device != weight.device:
+        raise ValueError(f"the input is on {x.device}, the weight on {weight.device}")
+
+
+def _linear_cpu(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
+) -> Tensor:
+    _check(x, weight, k)
+    y = cpu.matmul(x.reshape(-1, k), weight, scale, zero, FORMATS[scheme], n)
+    if bias is not None:
+        y = y.add_(bias) if bias.dtype == y.dtype else y + bias.to(y.dtype)
+    return y.contiguous().view(*x.shape[:-1], n)
+
+
+def _linear_cuda(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
+) -> Tensor:
+    _check(x, weight, k)
+    fmt = FORMATS[scheme]
+    if layout_of(weight) != "triton":
+        return _linear_any(x, weight, scale, zero, bias, scheme, k, n)
+    # Triton is imported where a GPU needs it, so that `import qlinear` works without either.
+    from qlinear.kernels.dequantize import dequantize_tensors
+    from qlinear.kernels.int8 import int8_linear_tensors
+    from qlinear.kernels.matmul import matmul_tensors
+
+    flat = x.reshape(-1, k)
+    if fmt.integer_activations:
+        y = int8_linear_tensors(flat, weight, scale, fmt, n, bias)
+    elif flat.shape[0] >= GPU_DEQUANTIZE_TOKENS and x.dtype != torch.float32:
+        dense = dequantize_tensors(weight, scale, fmt, n, k, x.dtype)
+        y = F.linear(flat, dense, None if bias is None else bias.to(x.dtype))
+    else:
+        y = matmul_tensors(flat, weight, scale, fmt, n, bias)
+    return y.view(*x.shape[:-1], n)
+
+
+def _linear_any(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
+) -> Tensor:
+    """Any device: dequantize the whole weight and multiply."""
+    _check(x, weight, k)
+    fmt = FORMATS[scheme]
+    dense = PackedWeight(weight, scale, zero, fmt, n, k).dequantize(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if not fmt.integer_activations:
+        return F.linear(x, dense, bias)
+    values, token_scale = cpu.quantize_activations(x.reshape(-1, k))
+    y = (values.to(torch.float32) @ dense.t().float()).mul_(token_scale).to(x.dtype).view(*x.shape[:-1], n)
+    return y if bias is None else y + bias
+
+
+def _linear_fake(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype) -> Tensor:
+    return PackedWeight(weight, scale, zero, FORMATS[scheme], n, k).dequantize(dtype).contiguous()
+
+
+def _dequantize_cuda(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype
+) -> Tensor:
+    if layout_of(weight) != "triton":
+        return _dequantize(weight, scale, zero, scheme, k, n, dtype)
+    from qlinear.kernels.dequantize import dequantize_tensors
+
+    return dequantize_tensors(weight, scale, FORMATS[scheme], n, k, dtype)
+
+
+def _dequantize_fake(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype
+) -> Tensor:
+    return weight.new_empty(n, k, dtype=dtype)
+
+
+def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
+    from qlinear.kernels.int8 import quantize_activations
+
+    values, scale = quantize_activations(x)
+    return values, scale.view(-1, 1)
+
+
+def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+_library.impl("linear", _linear_cpu, "CPU")
+_library.impl("linear", _linear_cuda, "CUDA")
+_library.impl("linear", _linear_any, "CompositeExplicitAutograd")
+_library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+_library.impl("dequantize", _dequantize_cuda, "CUDA")
+_library.impl("quantize_activations", cpu.quantize_activations, "CompositeExplicitAutograd")
+_library.impl("quantize_activations", _quantize_cuda, "CUDA")
+torch.library.register_fake("qlinear::linear", _linear_fake, lib=_library)
+torch.library.register_fake("qlinear::dequantize", _dequantize_fake, lib=_library)
+torch.library.register_fake("qlinear::quantize_activations", _quantize_fake, lib=_library)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, scale, zero, bias, ctx.scheme, ctx.k, ctx.n = inputs
+    ctx.save_for_backward(weight, scale, zero)
+    ctx.has_bias = bias is not None
+
+
+def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The weight is a constant: gradients reach the input (through the dequantized weight) and the bias."""
+    weight, scale, zero = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = torch.ops.qlinear.dequantize(weight, scale, zero, ctx.scheme, ctx.k, ctx.n, grad.dtype)
+        grad_x = grad @ dense
+    if ctx.has_bias and ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, ctx.n).sum(0)
+    return grad_x, None, None, None, grad_bias, None, None, None
+
+
+torch.library.register_autograd("qlinear::linear", _input_gradient, setup_context=_remember, lib=_library)
+
+_linear_op = torch.ops.qlinear.linear.default
+
+
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
+) -> Tensor:
+    """``torch.ops.qlinear.linear``, past the autograd dispatch where no gradient is asked for.
+
+    That dispatch costs 10 us a call, a tenth of the decoding time of a small model on a CPU.
+    """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)):
+        return _linear_op(x, weight, scale, zero, bias, scheme, k, n)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _linear_op(x, weight, scale, zero, bias, scheme, k, n)
