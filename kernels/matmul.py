@@ -77,6 +77,8 @@ def _matmul_kernel(
     ACC: tl.constexpr = tl.int32 if DT == tl.int8 else tl.float32
     WORDS: tl.constexpr = 128 // PLANES
     COUNT: tl.constexpr = 1 if GROUP is None else 128 // GROUP
+    # What is stored per group: a scale, or a scale and a zero point.
+    PARTS: tl.constexpr = 2 if OFFSET is None else 1
     # Columns of one product: a whole block, but one group where the scale goes on the sum.
     SPAN: tl.constexpr = 128 if SCALE_WEIGHT else 128 // COUNT
     SLICES: tl.constexpr = (PLANES if PLANES >= COUNT else COUNT) * SPAN // 128
@@ -95,30 +97,47 @@ def _matmul_kernel(
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + first * 128 + offs_k[:, None]
     x_mask = (offs_m < M)[None, :]
     if GROUP is None:
-        s_ptrs = scale_ptr + padded_rows(pid_n, 1, N, BLOCK_N) * (2 if OFFSET is None else 1)
-        scales, zeros = load_scales(s_ptrs, 1, OFFSET, DT)
+        s_ptrs = scale_ptr + padded_rows(pid_n, 1, N, BLOCK_N) * PARTS
     else:
-        s_ptrs = scale_ptr + (padded_rows(pid_n, blocks * COUNT, N, BLOCK_N) + first * COUNT * 64) * (2 if OFFSET is None else 1)
+        s_ptrs = scale_ptr + (padded_rows(pid_n, blocks * COUNT, N, BLOCK_N) + first * (COUNT * 64)) * PARTS
+    if OFFSET is None or GROUP is None:
+        scales, zeros = load_scales(s_ptrs, COUNT, OFFSET, DT)
+    else:
+        zeros = ()
+        scales = ()
+        for i in tl.static_range(COUNT):
+            scales += (tl.load((s_ptrs+i*64).to(tl.pointer_type(tl.uint16), bitcast=True)).to(tl.uint32),)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     for block in range(first, last):
+        # Triton loads ahead what a product needs: scales do so if zero points come with them, but not on their own. Those of the
+        # next block are carried in registers instead.
         if GROUP is not None:
-            scales, zeros = load_scales(s_ptrs, COUNT, OFFSET, DT)
+            if OFFSET is None:
+                scales, zeros = load_scales(s_ptrs, COUNT, OFFSET, DT)
+                s_ptrs += 64 * COUNT * PARTS
+            else:
+                s_ptrs += tl.where(block + 1 < last, 64 * COUNT, 0)
+                next_scales = ()
+                for i in tl.static_range(COUNT):
+                    next_scales += (tl.load((s_ptrs+i*64).to(tl.pointer_type(tl.uint16), bitcast=True)).to(tl.uint32),)
         planes = decode_block(w_ptrs, zeros, DECODE, PLANES, COUNT, OFFSET, PTX, DT)
         if SCALE_WEIGHT:
             planes = scale_planes(planes, scales, PLANES if PLANES >= COUNT else COUNT, COUNT, DT)
         for i in tl.static_range(128 // SPAN):
             if MASK_K:
                 x_mask = (offs_m < M)[None, :] & (block * 128 + i * SPAN + offs_k < K)[:, None]
+            sc = scales[i].to(tl.uint16).to(tl.float16, bitcast=True) if GROUP is not None and OFFSET is not None else scales[i]
             x = tl.load(x_ptrs + i * SPAN, mask=x_mask, other=0).to(DT)
             w = concat(planes, i * SLICES, SLICES)
             if GROUP is None or SCALE_WEIGHT:
                 acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
             else:
-                acc += tl.dot(w, x, input_precision=PRECISION) * scales[i].to(tl.float32)[:, None]
+                acc += tl.dot(w, x, input_precision=PRECISION) * sc.to(tl.float32)[:, None]
         w_ptrs += 64 * WORDS
-        s_ptrs += 64 * COUNT * (2 if OFFSET is None else 1)
         x_ptrs += 128
+        if GROUP is not None and OFFSET is not None:
+            scales = next_scales
 
     is_last = True
     if partial_ptr is not None:

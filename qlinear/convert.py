@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import re
-import tempfile
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,9 +13,14 @@ from tqdm import tqdm
 
 from qlinear.format import Scheme
 from qlinear.linear import QLinear, is_conv1d
+from qlinear.undo import Undo
 
 #: A scheme for every linear layer, or an ordered mapping of name patterns to schemes (None leaves a layer in float).
 What = str | Scheme | Mapping[str, str | Scheme | None]
+
+
+#: Weights from which the work is long enough for a progress bar (on a terminal).
+_LONG = 50_000_000
 
 
 @dataclass
@@ -60,11 +62,10 @@ def convert(
     """
     rules = _rules(what)
     chosen = [(c, scheme) for c, scheme in _choose(model, rules) if scheme is not None]
-    undo = _Undo(model)
-    weights = sum(c.module.weight.numel() for c, _ in chosen)  # type: ignore[union-attr, operator, misc]
-    hidden = weights < 50_000_000 if progress is None else not progress
-    try:
-        for candidate, scheme in tqdm(chosen, desc="quantizing", unit="layer", disable=hidden):
+    weights = sum(_weight(c.module).numel() for c, _ in chosen)
+    quiet = (True if weights < _LONG else None) if progress is None else not progress
+    with Undo(model) as undo:
+        for candidate, scheme in tqdm(chosen, desc="quantizing", unit="layer", disable=quiet):
             try:
                 new = QLinear.from_float(candidate.module, scheme, compute_dtype)
             except (ValueError, TypeError, RuntimeError) as error:
@@ -72,15 +73,11 @@ def convert(
             _keep_hooks(candidate.module, new)
             if "" in candidate.names:
                 return new
-            undo.keep(candidate)
-            _replace(model, candidate, new)
+            # The undo log takes the layer over, so that its weight is freed before the next one is made.
+            undo.replace(candidate.names, candidate.module, new)
             if candidate.tied_to is not None:
-                undo.untie_config()
-    except BaseException:
-        undo.restore()
-        raise
-    finally:
-        undo.close()
+                undo.untie(model)
+            del candidate.module
     return model
 
 
@@ -163,15 +160,18 @@ def _choose(model: nn.Module, rules: list[tuple[str | None, Scheme | None]]) -> 
         left = layer.obstacle is not None or (layer.tied_to is not None and not by_name)
         chosen.append((layer, None if left else rule[1]))
     if all(scheme is None for _, scheme in chosen):
-        reasons = {layer.name: layer.obstacle or (f"tied to {layer.tied_to}" if layer.tied_to else "None") for layer, _ in chosen}
+        reasons = {
+            layer.name: layer.obstacle or (f"tied to {layer.tied_to}" if layer.tied_to else "None")
+            for layer, _ in chosen
+        }
         raise ValueError(f"nothing to convert: {reasons}")
     return chosen
 
 
-def _replace(model: nn.Module, candidate: Candidate, new: nn.Module) -> None:
-    for name in candidate.names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
@@ -179,42 +179,3 @@ def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
     for key, value in old.__dict__.items():
         if key.startswith(("_forward_", "_backward_")) and isinstance(value, dict):
             new.__dict__[key] = value
-
-
-class _Undo:
-    """Puts replaced layers back. Their weights wait in a temporary file, so that memory is freed as the work goes on."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._file = tempfile.TemporaryFile(prefix="qlinear-undo-")
-        self._kept: list[tuple[Candidate, weakref.ref[nn.Module], weakref.ref[Tensor], Tensor, int, bool]] = []
-        self._tie: bool | None = None
-
-    def keep(self, candidate: Candidate) -> None:
-        """Remembers a layer about to be replaced, without holding its weight in memory."""
-        module, weight = candidate.module, candidate.module.weight
-        assert isinstance(weight, Tensor)
-        shell = copy.copy(module)
-        shell._parameters = {**module._parameters, "weight": None}
-        position = self._file.tell()
-        for part in weight.detach().cpu().contiguous().view(torch.uint8).split(1 << 20):
-            self._file.write(part.numpy().tobytes())
-        meta = torch.empty_like(weight, device="meta")
-        entry = (candidate, weakref.ref(module), weakref.ref(weight), meta, position, weight.requires_grad)
-        self._devices = [*getattr(self, "_devices", []), weight.device]
-        self._kept.append(entry)
-        candidate.module = shell
-
-    def untie_config(self) -> None:
-        """A converted lm_head is no longer tied: the model's config has to say so, or tie_weights would tie it again."""
-        config = getattr(self._model, "config", None)
-        if self._tie is None and getattr(config, "tie_word_embeddings", None):
-            self._tie = True
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-
-    def restore(self) -> None: ...
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _read(self) -> Iterator[Tensor]: ...

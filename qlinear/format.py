@@ -136,7 +136,9 @@ class Scheme:
             raise ValueError(f"a scheme is a string such as 'w4a16' or a qlinear.Scheme, got {text!r}")
         match = _GRAMMAR.fullmatch(text.strip().lower())
         if match is None:
-            raise ValueError(f"scheme {text!r} is not of the form {_GRAMMAR_TEXT}; the schemes are: {', '.join(FORMATS)}")
+            raise ValueError(
+                f"scheme {text!r} is not of the form {_GRAMMAR_TEXT}; the schemes are: {', '.join(FORMATS)}"
+            )
         bits = int(match["weight"])
         group = int(match["group"]) if match["group"] else None
         if group is None and not match["channel"] and bits == 4:

@@ -65,14 +65,14 @@ class QLinear(nn.Module):
         fmt, groups = self.format, self.format.groups(in_features)
         zero = None if fmt.symmetric else _empty((fmt.zero_point_words(out_features), groups), torch.int32, device)
         self.register_buffer("weight_packed", _empty((out_features, fmt.words(in_features)), torch.int32, device))
-        self.register_buffer("weight_scale", _empty((out_features, groups), fmt.scale_dtype(compute_dtype or dtype), device))
+        self.register_buffer(
+            "weight_scale", _empty((out_features, groups), fmt.scale_dtype(compute_dtype or dtype), device)
+        )
         self.register_buffer("weight_zero_point", zero)
         self.bias = nn.Parameter(_empty((out_features,), dtype, device)) if bias else None
 
     @classmethod
-    def from_float(
-        cls, linear: nn.Module, scheme: str | Scheme, compute_dtype: torch.dtype | None = None
-    ) -> QLinear:
+    def from_float(cls, linear: nn.Module, scheme: str | Scheme, compute_dtype: torch.dtype | None = None) -> QLinear:
         """Quantizes an ``nn.Linear`` or a Hugging Face ``Conv1D``; the layer itself is left alone, its bias is shared.
 
         Raises:
@@ -103,7 +103,12 @@ class QLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight's tensors as they are now (a view, no copy)."""
         return PackedWeight(
-            self.weight_packed, self.weight_scale, self.weight_zero_point, self.format, self.out_features, self.in_features
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.format,
+            self.out_features,
+            self.in_features,
         )
 
     @property

@@ -101,7 +101,9 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], n)
 
 
-def _dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype) -> Tensor:
+def _dequantize(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype
+) -> Tensor:
     return PackedWeight(weight, scale, zero, FORMATS[scheme], n, k).dequantize(dtype).contiguous()
 
 
@@ -174,7 +176,9 @@ def linear(
 
     That dispatch costs 10 us a call, a tenth of the decoding time of a small model on a CPU.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)):
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    ):
         return _linear_op(x, weight, scale, zero, bias, scheme, k, n)
     with torch._C._AutoDispatchBelowAutograd():
         return _linear_op(x, weight, scale, zero, bias, scheme, k, n)

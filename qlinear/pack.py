@@ -75,7 +75,9 @@ class PackedWeight:
         return dequantize_codes(codes, scale, zero, self.format).to(dtype or scale.dtype)
 
 
-def dequantize_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_codes(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """``(code - zero_point) * scale`` for codes ``[N, K]`` and scales ``[N, G]``, in ``dtype``."""
     k = codes.shape[1]
     size = fmt.group_size or k

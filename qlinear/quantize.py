@@ -43,7 +43,9 @@ def quantize(weight: Tensor, fmt: Format, search: bool = True) -> Codes:
 def _grouped(weight: Tensor, fmt: Format) -> Tensor:
     """The weight as float32 ``[N, G, group]``, a short last group padded with zeros (which stay exactly zero)."""
     if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
-        raise ValueError(f"a weight is a non-empty float matrix [out_features, in_features], got {weight.dtype} {tuple(weight.shape)}")
+        raise ValueError(
+            f"a weight is a non-empty float matrix [out_features, in_features], got {weight.dtype} {tuple(weight.shape)}"
+        )
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight holds NaN or infinity; it cannot be quantized")
     n, k = weight.shape

@@ -1,0 +1,229 @@
+"""``save`` and ``load``: a converted model as a Hugging Face folder.
+
+``model.safetensors`` holds every tensor in the plain, hardware-independent layout; ``config.json`` is the model's own, with the
+schemes under ``quantization_config``; tokenizer files are carried along. The folder is written beside its place and moved in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qlinear.convert import candidates
+from qlinear.linear import QLinear
+
+#: Of ``quantization_config``; a loader refuses a newer one.
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+
+#: What a Hugging Face folder holds beside weights and config: tokenizer, generation and preprocessing files.
+_COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "image_processor*", "LICENSE*", "README.md",
+)  # fmt: skip
+
+
+def save(model: nn.Module, folder: str | Path, *, companions: str | Path | None = None, overwrite: bool = False) -> Path:
+    """Writes a converted model to ``folder``.
+
+    Args:
+        model: a model that :func:`qlinear.convert` converted; a Hugging Face model or any ``nn.Module``.
+        folder: must not exist or be empty, unless ``overwrite``; then it is replaced as a whole.
+        companions: a folder whose tokenizer and similar files are copied; None takes the folder the model was loaded from.
+
+    Raises:
+        ValueError: the model has no quantized layer, or a parameter has no data (``meta``).
+        FileExistsError: the folder exists and is not empty.
+    """
+    target = Path(folder)
+    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty; pass overwrite=True to replace it")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QLinear)}
+    if not layers:
+        raise ValueError("the model has no quantized layer: convert it first, or use the model's own save method")
+    tensors, tied = _tensors(model)
+    config = _config(model, layers, tied)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(target) as temporary:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _copy_companions(_source_folder(model) if companions is None else Path(companions), temporary)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None and not (temporary / "generation_config.json").exists():
+            generation.save_pretrained(temporary)
+    return target
+
+
+def load(
+    folder: str | Path, *, model: nn.Module | None = None, device: str | torch.device | None = None
+) -> nn.Module:
+    """Loads what :func:`save` wrote: the same tensors, bit for bit, prepared for the device.
+
+    Args:
+        folder: a folder that :func:`save` wrote.
+        model: the float model's structure (its weights are not read, and may be on ``meta``); None builds the Hugging Face
+            class that ``config.json`` names.
+        device: where to put the model; None is the CPU.
+
+    Raises:
+        FileNotFoundError: no such folder, or no checkpoint in it.
+        ValueError: not written by qlinear, by a newer version, or it does not fit the model; the message names the tensors.
+    """
+    folder = Path(folder)
+    for name in ("config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {name}")
+    config = json.loads((folder / "config.json").read_text())
+    quantization = _quantization(config, folder)
+    if model is None:
+        model = _build(config, folder)
+    _swap(model, quantization)
+    state = load_file(folder / WEIGHTS, device="cpu")
+    for name, source in quantization["tied"].items():
+        state[name] = state[source]
+    result = model.load_state_dict(state, strict=False, assign=True)
+    missing = [name for name in result.missing_keys if name not in quantization["tied"]]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"{folder} does not fit the model: missing {missing[:5]}, unexpected {result.unexpected_keys[:5]}")
+    for name, buffer in _computed_buffers(model):
+        buffer.data = buffer.to(getattr(torch, quantization["computed_buffers"].get(name, _dtype_name(buffer.dtype))))
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    if device is not None:
+        model.to(device)
+    for module in model.modules():
+        if isinstance(module, QLinear):
+            module.prepare()
+    return model.eval()
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The plain tensors of a model, shared ones once, and the names that share them: ``{alias: name}``."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    owner: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device: it has no data to save")
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in owner:
+            tied[name] = owner[key]
+            continue
+        owner[key] = name
+        tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors, tied
+
+
+def _config(model: nn.Module, layers: dict[str, QLinear], tied: dict[str, str]) -> dict[str, Any]:
+    own = getattr(model, "config", None)
+    config: dict[str, Any] = json.loads(own.to_json_string(use_diff=False)) if hasattr(own, "to_json_string") else {}
+    if hasattr(own, "to_json_string"):
+        config["architectures"] = [type(model).__name__]
+    first = next(iter(layers.values()))
+    config["quantization_config"] = {
+        "quant_method": "qlinear",
+        "version": FORMAT_VERSION,
+        "float_dtype": _dtype_name(first.float_dtype),
+        "compute_dtype": None if first.compute_dtype is None else _dtype_name(first.compute_dtype),
+        "modules": {name: layer.scheme for name, layer in layers.items()},
+        "tied": tied,
+        # Buffers a model computes for itself (rotary frequencies) come back in the dtype the model had cast them to.
+        "computed_buffers": {name: _dtype_name(b.dtype) for name, b in _computed_buffers(model) if b.is_floating_point()},
+    }
+    return config
+
+
+def _computed_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    persistent = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name not in persistent]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _quantization(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    found = config.get("quantization_config") or {}
+    if found.get("quant_method") != "qlinear":
+        raise ValueError(f"{folder} was not written by qlinear: its quant_method is {found.get('quant_method')!r}")
+    if found.get("version", 0) > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has checkpoint version {found['version']}, this qlinear reads up to {FORMAT_VERSION}: upgrade it"
+        )
+    return dict(found)
+
+
+def _build(config: dict[str, Any], folder: Path) -> nn.Module:
+    """The Hugging Face model class of a config, without allocating its parameters; buffers are real."""
+    architectures = config.get("architectures") or [None]
+    try:
+        import transformers
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise ImportError(f"building the model needs transformers and accelerate: pip install 'qlinear[demo]' ({error})") from error
+    cls = getattr(transformers, architectures[0] or "", None)
+    if cls is None:
+        raise ValueError(f"{folder}: transformers has no class {architectures[0]!r}; pass the model's structure as model=")
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    with init_empty_weights(include_buffers=False):
+        return cls(cls.config_class.from_dict(plain))  # type: ignore[no-any-return]
+
+
+def _swap(model: nn.Module, quantization: dict[str, Any]) -> None:
+    """Replaces the linear layers named in a checkpoint by empty quantized ones."""
+    dtype = getattr(torch, quantization["float_dtype"])
+    compute = quantization["compute_dtype"] and getattr(torch, quantization["compute_dtype"])
+    layers = {name: c for c in candidates(model) for name in c.names}
+    made: dict[int, QLinear] = {}
+    for name, scheme in quantization["modules"].items():
+        if name not in layers:
+            raise ValueError(f"the checkpoint quantizes {name!r}, which is no linear layer of the model")
+        old = layers[name].module
+        n, k = old.weight.shape if isinstance(old, nn.Linear) else reversed(old.weight.shape)  # type: ignore[union-attr, operator, misc]
+        if id(old) not in made:
+            made[id(old)] = QLinear(k, n, scheme, old.bias is not None, "meta", dtype, compute)
+        for alias in layers[name].names:
+            parent, _, child = alias.rpartition(".")
+            setattr(model.get_submodule(parent), child, made[id(old)])
+
+
+def _source_folder(model: nn.Module) -> Path | None:
+    path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return Path(path) if path and Path(path).is_dir() else None
+
+
+def _copy_companions(source: Path | None, target: Path) -> None:
+    if source is not None:
+        for pattern in _COMPANIONS:
+            for file in sorted(source.glob(pattern)):
+                if file.is_file() and not (target / file.name).exists():
+                    shutil.copyfile(file, target / file.name)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target that takes its place when the block ends well, and vanishes when it does not."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        old = None
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            os.replace(target, old)
+        os.replace(temporary, target)
+        if old is not None:
+            shutil.rmtree(old)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

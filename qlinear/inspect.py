@@ -1,0 +1,104 @@
+"""``inspect``: what every parameter of a model is stored as, in bytes, and why the rest was left in float."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from qlinear.convert import candidates
+from qlinear.linear import QLinear
+from qlinear.tables import human_bytes, table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter (or one packed weight): bytes before is the float weight it was or is, bytes after what it holds now."""
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str | None
+    bytes_before: int
+    bytes_after: int
+    layout: str | None
+    #: Why it is in float; None where it is quantized.
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The rows of a model; ``print`` shows a table, :meth:`to_dict` gives plain data."""
+
+    rows: list[Row]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def quantized(self) -> list[Row]:
+        return [row for row in self.rows if row.scheme is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"bytes_before", "bytes_after", "parameters": [one dict a row]}``."""
+        rows = [asdict(row) for row in self.rows]
+        return {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "parameters": rows}
+
+    def __str__(self) -> str:
+        lines = [
+            (row.name, "x".join(map(str, row.shape)), row.scheme or "float", human_bytes(row.bytes_before),
+             human_bytes(row.bytes_after), row.reason or f"{row.layout} layout")
+            for row in self.rows
+        ]  # fmt: skip
+        ratio = self.bytes_before / max(self.bytes_after, 1)
+        note = f"{len(self.quantized)} of {len(self.rows)} quantized, {ratio:.2f}x smaller"
+        lines.append(("total", "", "", human_bytes(self.bytes_before), human_bytes(self.bytes_after), note))
+        header = ("parameter", "shape", "scheme", "before", "after", "note")
+        return table(header, lines, right=(3, 4), rule_before_last=True)
+
+
+def inspect(model: nn.Module) -> Inspection:
+    """Lists every parameter of a model: its scheme and bytes before and after, or the reason it was left in float.
+
+    Parameters shared by several modules are listed once, under their first name. Packed weights count everything they hold
+    in memory: codes, scales, zero points and padding.
+    """
+    reasons = {
+        id(c.module): c.obstacle or (f"tied to {c.tied_to}" if c.tied_to else "not asked for")
+        for c in candidates(model)
+    }
+    rows, seen = [], set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, QLinear):
+            rows.append(_packed_row(prefix, module))
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                name = f"{prefix}.{key}" if prefix else key
+                rows.append(_float_row(name, parameter, _reason(module, key, reasons)))
+    return Inspection(rows)
+
+
+def _packed_row(name: str, layer: QLinear) -> Row:
+    shape = (layer.out_features, layer.in_features)
+    before = layer.out_features * layer.in_features * layer.float_dtype.itemsize
+    return Row(
+        f"{name}.weight" if name else "weight", shape, layer.scheme, before, layer.packed.nbytes, layer.layout, None
+    )
+
+
+def _float_row(name: str, parameter: Tensor, reason: str) -> Row:
+    return Row(name, tuple(parameter.shape), None, parameter.nbytes, parameter.nbytes, None, reason)
+
+
+def _reason(module: nn.Module, key: str, reasons: dict[int, str]) -> str:
+    if key == "bias":
+        return "a bias stays in float"
+    if id(module) in reasons:
+        return reasons[id(module)]
+    return f"{type(module).__name__} is not a linear layer"
