@@ -100,13 +100,7 @@ def _matmul_kernel(
         s_ptrs = scale_ptr + padded_rows(pid_n, 1, N, BLOCK_N) * PARTS
     else:
         s_ptrs = scale_ptr + (padded_rows(pid_n, blocks * COUNT, N, BLOCK_N) + first * (COUNT * 64)) * PARTS
-    if OFFSET is None or GROUP is None:
-        scales, zeros = load_scales(s_ptrs, COUNT, OFFSET, DT)
-    else:
-        zeros = ()
-        scales = ()
-        for i in tl.static_range(COUNT):
-            scales += (tl.load((s_ptrs+i*64).to(tl.pointer_type(tl.uint16), bitcast=True)).to(tl.uint32),)
+    scales, zeros = load_scales(s_ptrs, COUNT, OFFSET, DT)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     for block in range(first, last):
@@ -118,22 +112,19 @@ def _matmul_kernel(
                 s_ptrs += 64 * COUNT * PARTS
             else:
                 s_ptrs += tl.where(block + 1 < last, 64 * COUNT, 0)
-                next_scales = ()
-                for i in tl.static_range(COUNT):
-                    next_scales += (tl.load((s_ptrs+i*64).to(tl.pointer_type(tl.uint16), bitcast=True)).to(tl.uint32),)
+                next_scales, zeros = load_scales(s_ptrs, COUNT, OFFSET, DT)
         planes = decode_block(w_ptrs, zeros, DECODE, PLANES, COUNT, OFFSET, PTX, DT)
         if SCALE_WEIGHT:
             planes = scale_planes(planes, scales, PLANES if PLANES >= COUNT else COUNT, COUNT, DT)
         for i in tl.static_range(128 // SPAN):
             if MASK_K:
                 x_mask = (offs_m < M)[None, :] & (block * 128 + i * SPAN + offs_k < K)[:, None]
-            sc = scales[i].to(tl.uint16).to(tl.float16, bitcast=True) if GROUP is not None and OFFSET is not None else scales[i]
             x = tl.load(x_ptrs + i * SPAN, mask=x_mask, other=0).to(DT)
             w = concat(planes, i * SLICES, SLICES)
             if GROUP is None or SCALE_WEIGHT:
                 acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
             else:
-                acc += tl.dot(w, x, input_precision=PRECISION) * sc.to(tl.float32)[:, None]
+                acc += tl.dot(w, x, input_precision=PRECISION) * scales[i].to(tl.float32)[:, None]
         w_ptrs += 64 * WORDS
         x_ptrs += 128
         if GROUP is not None and OFFSET is not None:

@@ -1,10 +1,28 @@
-"""qlinear: small, fast linear layers for PyTorch models. ``qlinear.convert(model, "w4a16")`` swaps them in place."""
+"""qlinear: small, fast linear layers for PyTorch. ``qlinear.convert(model, "w4a16")`` swaps those of a model in place."""
 
+from qlinear.checkpoint import load, save
 from qlinear.convert import convert, prepare
 from qlinear.format import FORMATS, Format, Scheme
+from qlinear.inspect import Inspection, inspect
 from qlinear.linear import QLinear
 from qlinear.pack import PackedWeight, pack
+from qlinear.validate import Validation, validate
 
 __version__ = "0.1.0"
 
-__all__ = ["FORMATS", "Format", "PackedWeight", "QLinear", "Scheme", "convert", "pack", "prepare"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Inspection",
+    "PackedWeight",
+    "QLinear",
+    "Scheme",
+    "Validation",
+    "convert",
+    "inspect",
+    "load",
+    "pack",
+    "prepare",
+    "save",
+    "validate",
+]

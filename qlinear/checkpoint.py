@@ -138,14 +138,18 @@ def _config(model: nn.Module, layers: dict[str, QLinear], tied: dict[str, str]) 
         "modules": {name: layer.scheme for name, layer in layers.items()},
         "tied": tied,
         # Buffers a model computes for itself (rotary frequencies) come back in the dtype the model had cast them to.
-        "computed_buffers": {name: _dtype_name(b.dtype) for name, b in _computed_buffers(model) if b.is_floating_point()},
+        "computed_buffers": {name: _dtype_name(b.dtype) for name, b in _computed_buffers(model)},
     }
     return config
 
 
-def _computed_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    persistent = model.state_dict().keys()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name not in persistent]
+def _computed_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The float buffers that a state dict does not hold."""
+    for prefix, module in model.named_modules():
+        for key in sorted(module._non_persistent_buffers_set):
+            buffer = module._buffers.get(key)
+            if buffer is not None and buffer.is_floating_point():
+                yield f"{prefix}.{key}" if prefix else key, buffer
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -26,20 +26,20 @@ _TILE_WEIGHTS = 1 << 20
 def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu") -> tuple[str, str]:
     """The operator a product of ``tokens`` rows takes on a CPU, and why: ``(name, reason)``."""
     if fmt.integer_activations:
-        return "aten::_int_mm", "int8 x int8 with int32 sums, activations quantized per token"
-    if layout != "cpu":
-        return "dequantize + F.linear", "the weight is not in the cpu layout (scales not bfloat16, or not prepared)"
+        return "aten::_int_mm", "int8 x int8, int32 sums; activations quantized per token"
     if dtype != torch.bfloat16:
-        return "dequantize + F.linear", f"no fast packed operator for {dtype} on a CPU: saves memory, not time"
+        return "dequantize + F.linear", "no fast operator in this dtype: saves memory, not time"
+    if layout != "cpu":
+        return "dequantize + F.linear", "not in the cpu layout: scales not bfloat16, or not prepared"
     if fmt.bits == 4:
-        if tokens <= INT4_TOKENS:
-            return "aten::_weight_int4pack_mm_for_cpu", f"bfloat16 and at most {INT4_TOKENS} tokens"
-        return "dequantize + F.linear", f"more than {INT4_TOKENS} tokens"
-    if fmt.group_size is not None:
-        return "dequantize + F.linear", "PyTorch has no CPU operator for grouped int8"
-    if tokens <= INT8_TOKENS:
-        return "aten::_weight_int8pack_mm", f"bfloat16 and at most {INT8_TOKENS} tokens"
-    return "dequantize + F.linear", f"more than {INT8_TOKENS} tokens"
+        few, name = INT4_TOKENS, "aten::_weight_int4pack_mm_for_cpu"
+    elif fmt.group_size is None:
+        few, name = INT8_TOKENS, "aten::_weight_int8pack_mm"
+    else:
+        return "dequantize + F.linear", "no CPU operator for grouped int8: saves memory, not time"
+    if tokens <= few:
+        return name, f"streams the packed weight; up to {few} tokens"
+    return "dequantize + F.linear", f"cheaper above {few} tokens"
 
 
 def matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, n: int) -> Tensor:

@@ -14,6 +14,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,8 @@ def layout_of(weight: Tensor) -> str:
 
 def native_layout(device: torch.device) -> str:
     """The layout the matmul of this device reads fastest."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "plain"
     return {"cuda": "triton", "cpu": "cpu"}.get(device.type, "plain")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlinear import cpu
-from qlinear.format import FORMATS
+from qlinear.format import FORMATS, Format
 from qlinear.layout import layout_of
 from qlinear.pack import PackedWeight
 
@@ -25,6 +25,20 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 #: Tokens from which a GPU dequantizes into scratch and uses the vendor's matmul: by count, not yet by measurement (at 8192x8192
 #: the extra pass over the weight costs as much as a 16-bit product of about 230 tokens).
 GPU_DEQUANTIZE_TOKENS = 256
+
+
+def path(fmt: Format, dtype: torch.dtype, tokens: int, device_type: str, layout: str) -> tuple[str, str]:
+    """How a product of ``tokens`` rows is computed on a device, and why: ``(name, reason)``. Printed by ``qlinear doctor``."""
+    if device_type == "cpu":
+        return cpu.path(fmt, dtype, tokens, layout)
+    if layout != "triton":
+        return "dequantize + F.linear", f"no kernel reads the {layout} layout on {device_type}"
+    if fmt.integer_activations:
+        return "Triton int8 x int8", "int32 sums on the tensor cores, activations quantized per token by one kernel"
+    if tokens >= GPU_DEQUANTIZE_TOKENS and dtype != torch.float32:
+        return "Triton dequantize + vendor matmul", f"{GPU_DEQUANTIZE_TOKENS} tokens or more"
+    return "Triton matmul", "packed weights are decoded in registers" + (", split along K" if tokens <= 64 else "")
+
 
 _library = torch.library.Library("qlinear", "DEF")
 _library.define(
@@ -72,7 +86,7 @@ def _linear_cuda(
     flat = x.reshape(-1, k)
     if fmt.integer_activations:
         y = int8_linear_tensors(flat, weight, scale, fmt, n, bias)
-    elif flat.shape[0] >= GPU_DEQUANTIZE_TOKENS and x.dtype != torch.float32:
+    elif path(fmt, x.dtype, flat.shape[0], "cuda", "triton")[0] != "Triton matmul":
         dense = dequantize_tensors(weight, scale, fmt, n, k, x.dtype)
         y = F.linear(flat, dense, None if bias is None else bias.to(x.dtype))
     else:

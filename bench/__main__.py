@@ -1,0 +1,60 @@
+"""``python -m bench``: what can be measured on this machine. Versions and commit come first, correctness before any number."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from qlinear.doctor import diagnose, versions
+
+_JSON = click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows here.")
+
+
+@click.group()
+def cli() -> None:
+    """Benchmarks of qlinear on this machine."""
+
+
+@cli.command()
+@click.option("--seconds", default=1.5, show_default=True, help="Per side and row.")
+@click.option("--rounds", default=9, show_default=True)
+@_JSON
+def linear(seconds: float, rounds: int, path: Path | None) -> None:
+    """One linear layer on the CPU: schemes against F.linear in bfloat16 and float32, for M = 1, 16, 128."""
+    from bench.linear import SHAPES, measure, show
+
+    rows = [row for dtype in (torch.bfloat16, torch.float32) for row in measure(dtype, SHAPES, seconds, rounds)]
+    _report(show(rows), {"rows": rows}, path)
+
+
+@cli.command()
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--tokens", default=24, show_default=True)
+@click.option("--nf4/--no-nf4", default=True, help="Compare with bitsandbytes (pip install 'qlinear[bench]').")
+@_JSON
+def decode(rounds: int, tokens: int, nf4: bool, path: Path | None) -> None:
+    """Greedy decoding of SmolLM2-135M at batch 1 in bfloat16 on the CPU, against float and bitsandbytes' nf4."""
+    from bench.decode import measure, show
+    from qlinear.demo.source import load_any
+
+    model, tokenizer = load_any(None, "bfloat16", "cpu")
+    rates = measure(model, tokenizer, rounds, tokens, nf4)
+    _report(show(rates), {"tokens_per_second": rates}, path)
+
+
+def _report(text: str, data: dict[str, Any], path: Path | None) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    diagnosis_devices = diagnose().devices
+    click.echo(f"qlinear {commit}; torch {torch.__version__}; {'; '.join(diagnosis_devices)}\n{text}")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        everything = {"commit": commit, "versions": versions(), "devices": diagnosis_devices, **data}
+        path.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+cli()

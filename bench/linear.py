@@ -1,0 +1,59 @@
+"""One linear layer on this CPU: every scheme against ``F.linear`` in the same dtype, correctness checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from bench.timing import interleaved, rotating
+from qlinear import QLinear, reference
+from qlinear.tables import table
+
+#: (out_features, in_features) of SmolLM2-135M's layers and of a Llama-3-8B one.
+SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096))
+TOKENS = (1, 16, 128)
+SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g32-asym")
+#: Weights rotate over this many bytes, several times a desktop's cache share.
+_ROTATE_BYTES = 64 << 20
+
+
+def measure(dtype: torch.dtype, shapes: Iterable[tuple[int, int]], seconds: float, rounds: int) -> list[dict[str, Any]]:
+    """One row per shape and number of tokens: microseconds of ``F.linear`` and of each scheme."""
+    rows = []
+    for n, k in tqdm(list(shapes), desc=f"linear layers, {dtype}", unit="shape", disable=None):
+        copies = min(32, max(2, _ROTATE_BYTES // (n * k * dtype.itemsize)))
+        floats = [nn.Linear(k, n, bias=False, dtype=dtype) for _ in range(copies)]
+        layers = {scheme: [QLinear.from_float(layer, scheme) for layer in floats] for scheme in SCHEMES}
+        for m in TOKENS:
+            x = torch.randn(m, k).to(dtype)
+            for scheme, quantized in layers.items():
+                _check(x, quantized[0], scheme)
+            sides: dict[str, Callable[[], object]] = {"float": rotating(floats, lambda layer, x=x: F.linear(x, layer.weight))}
+            sides |= {scheme: rotating(q, lambda layer, x=x: layer(x)) for scheme, q in layers.items()}
+            with torch.inference_mode():
+                times = interleaved(sides, rounds, seconds)
+            rows.append({"n": n, "k": k, "m": m, "dtype": str(dtype)[6:], "us": {s: t * 1e6 for s, t in times.items()}})
+    return rows
+
+
+def _check(x: Tensor, layer: QLinear, scheme: str) -> None:
+    wanted = reference.matmul(x, layer.packed)
+    error = ((layer(x).double() - wanted).norm() / wanted.norm()).item()
+    if not error <= layer.format.max_error(x.dtype):
+        raise RuntimeError(f"{scheme} is wrong on this machine: relative error {error:.2e}; no time is shown for a wrong result")
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table: microseconds of the float layer, and how many times as fast each scheme is."""
+    header = ("dtype", "N x K", "M", "float us", *(f"{s}" for s in SCHEMES))
+    lines = []
+    for row in rows:
+        us = row["us"]
+        ratios = (f"{us['float'] / us[scheme]:.2f}x" for scheme in SCHEMES)
+        lines.append((row["dtype"], f"{row['n']} x {row['k']}", str(row["m"]), f"{us['float']:.0f}", *ratios))
+    return table(header, lines, right=range(2, 4 + len(SCHEMES)))

@@ -1,0 +1,5 @@
+"""``python -m qlinear``: the command line."""
+
+from qlinear.cli import main
+
+main()

@@ -1,0 +1,192 @@
+"""The ``qlinear`` command. Exit codes: 0 good, 1 a check or gate failed, 2 bad input or usage."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+import qlinear
+
+_JSON = click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result here.")
+_SCHEME_HELP = "A scheme for every linear layer, or PATTERN=SCHEME (repeatable, first match wins; SCHEME 'none' leaves a layer)."
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(qlinear.__version__, prog_name="qlinear")
+def cli() -> None:
+    """Small, fast linear layers for PyTorch models: int8 and packed int4.
+
+    MODEL is a Hugging Face folder, a .gguf file, or a folder that `qlinear convert` wrote.
+    """
+
+
+@cli.command()
+@click.option("--model", metavar="PATH_OR_HUB_ID", help="Another model than the built-in SmolLM2-135M-Instruct.")
+@click.option("--no-download", is_flag=True, help="Never fetch the built-in model (93 MB, once).")
+@click.option("--seed", default=0, show_default=True, help="Of the off-grid twin that quality is measured on.")
+@_JSON
+def demo(model: str | None, no_download: bool, seed: int, json_path: Path | None) -> None:
+    """Takes a real language model through the schemes: size, quality, speed, and text written with each."""
+    from qlinear.demo.run import run_demo
+
+    run_demo(model=model, json_path=json_path, no_download=no_download, seed=seed)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--scheme", "schemes", multiple=True, required=True, help=_SCHEME_HELP)
+@click.option("--dtype", type=click.Choice(_DTYPES), help="Load the float model in this dtype (its own by default).")
+@click.option("--device", default="cpu", show_default=True, help="Where to quantize, for example cuda.")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
+@_JSON
+def convert(
+    source: str, target: Path, schemes: tuple[str, ...], dtype: str | None, device: str, overwrite: bool, json_path: Path | None
+) -> None:
+    """Quantizes the model SRC and writes it to the folder DST."""
+    what = _what(schemes)
+    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty; pass --overwrite to replace it")
+    model, tokenizer = _load(source, dtype, device)
+    model = qlinear.convert(model, what, progress=None)
+    with tempfile.TemporaryDirectory() as companions:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(companions)
+        folder = source if os.path.isdir(source) else companions
+        qlinear.save(model, target, companions=folder, overwrite=overwrite)
+    report = qlinear.inspect(model)
+    click.echo(report)
+    click.echo(f"wrote {target}")
+    _write_json(json_path, {"source": source, "folder": str(target), **report.to_dict()})
+
+
+@cli.command()
+@click.argument("model")
+@_JSON
+def inspect(model: str, json_path: Path | None) -> None:
+    """Lists every parameter of MODEL: scheme, bytes before and after, or why it is in float."""
+    report = qlinear.inspect(_load(model)[0])
+    click.echo(report)
+    _write_json(json_path, {"model": model, **report.to_dict()})
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--reference", metavar="MODEL", help="The float model; needed where MODEL is already converted.")
+@click.option("--scheme", "schemes", multiple=True, help=_SCHEME_HELP + " Needed where MODEL is float.")
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to run on (default: Python's own manual).")
+@click.option("--tokens", default=1024, show_default=True, help="Tokens to run on.")
+@click.option("--bound", "bounds", multiple=True, metavar="METRIC=VALUE", help="A gate, for example kl=0.1 or top1_agreement=0.9.")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="Load float models in this dtype (their own by default).")
+@_JSON
+def validate(
+    model: str,
+    reference: str | None,
+    schemes: tuple[str, ...],
+    text: Path | None,
+    tokens: int,
+    bounds: tuple[str, ...],
+    dtype: str | None,
+    json_path: Path | None,
+) -> None:
+    """Compares a converted MODEL with its float reference on real text, layer by layer and end to end.
+
+    Either MODEL was converted and --reference is the float model, or MODEL is float and --scheme says how to convert it.
+    Exit code 1 when a --bound does not hold.
+    """
+    from qlinear.demo.text import token_windows
+
+    if (reference is None) == (not schemes):
+        raise ValueError("give either --reference (MODEL is converted) or --scheme (MODEL is float), not both")
+    gates = _bounds(bounds)
+    first, tokenizer = _load(model, dtype)
+    if reference is None:
+        original, _ = _load(model, dtype)
+        quantized = qlinear.convert(first, _what(schemes))
+    else:
+        original, tokenizer = _load(reference, dtype)
+        quantized = first
+    if tokenizer is None:
+        raise ValueError(f"{reference or model} has no tokenizer: validate needs one to make tokens of text")
+    batches = [{"input_ids": ids} for ids in token_windows(tokenizer, text and text.read_text(), tokens)]
+    report = qlinear.validate(quantized, original, batches)
+    failures = report.failures(gates)
+    click.echo(report)
+    for failure in failures:
+        click.echo(f"FAILED {failure}")
+    _write_json(json_path, {"model": model, "passed": not failures, "failures": failures, **report.to_dict()})
+    if failures:
+        sys.exit(1)
+
+
+@cli.command()
+@_JSON
+def doctor(json_path: Path | None) -> None:
+    """Versions, devices, and which path each scheme takes here and why; computes with each. Exit code 1 if one is wrong."""
+    from qlinear.doctor import diagnose
+
+    diagnosis = diagnose()
+    click.echo(diagnosis)
+    _write_json(json_path, diagnosis.to_dict())
+    if not diagnosis.ok:
+        sys.exit(1)
+
+
+def _load(model: str, dtype: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
+    """A model and its tokenizer (None where it has none), converted or float."""
+    from qlinear.demo.source import load_any
+
+    return load_any(model, dtype, device)
+
+
+def _what(schemes: tuple[str, ...]) -> str | dict[str, str | None]:
+    """``("w4a16",)`` or ``("lm_head=none", "*=w8a16")`` as convert takes it."""
+    if len(schemes) == 1 and "=" not in schemes[0]:
+        return schemes[0]
+    rules: dict[str, str | None] = {}
+    for rule in schemes:
+        pattern, _, scheme = rule.rpartition("=")
+        rules[pattern or "*"] = None if scheme.lower() == "none" else scheme
+    return rules
+
+
+def _bounds(bounds: tuple[str, ...]) -> dict[str, float]:
+    try:
+        return {name: float(value) for name, value in (bound.split("=") for bound in bounds)}
+    except ValueError as error:
+        raise ValueError(f"a bound is METRIC=NUMBER, for example kl=0.1; got {', '.join(bounds)}") from error
+
+
+def _write_json(path: Path | None, data: dict[str, Any]) -> None:
+    """Writes the result beside its place and moves it in, so that a reader never sees half a file."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
+        os.replace(temporary, path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command; what goes wrong with its input is one line on standard error and exit code 2."""
+    try:
+        cli.main(arguments, prog_name="qlinear", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("qlinear: interrupted", err=True)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("QLINEAR_DEBUG"):
+            raise
+        click.echo(f"qlinear: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        sys.exit(2)

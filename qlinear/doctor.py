@@ -1,0 +1,127 @@
+"""``qlinear doctor``: versions, devices, and the path each scheme takes on this machine, checked by computing with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from qlinear import ops, reference
+from qlinear.format import FORMATS, Format
+from qlinear.layout import native_layout
+from qlinear.pack import pack
+from qlinear.tables import table
+
+_PACKAGES = ("qlinear", "torch", "triton", "numpy", "safetensors", "transformers", "accelerate", "gguf")
+#: Tokens up to which the crossover between two paths is looked for.
+_MOST_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Check:
+    """One scheme on one device in one dtype: its paths with the tokens each begins at, and the error against float64."""
+
+    scheme: str
+    device: str
+    dtype: str
+    paths: dict[int, str]
+    reason: str
+    relative_error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.relative_error <= self.bound
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    versions: dict[str, str]
+    devices: list[str]
+    checks: list[Check]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        checks = [{**asdict(check), "ok": check.ok} for check in self.checks]
+        return {"ok": self.ok, "versions": self.versions, "devices": self.devices, "schemes": checks}
+
+    def __str__(self) -> str:
+        lines = [f"{name:<14}{version}" for name, version in self.versions.items()]
+        lines += [f"device        {device}" for device in self.devices]
+        header = ("scheme", "device", "dtype", "error", "path", "why")
+        rows = []
+        for check in self.checks:
+            error = f"{check.relative_error:.1e} {'ok' if check.ok else f'ABOVE {check.bound:g}'}"
+            path = "; ".join(name if m == 1 else f"from {m} tokens {name}" for m, name in check.paths.items())
+            rows.append((check.scheme, check.device, check.dtype, error, path, check.reason))
+        return "\n".join([*lines, "", table(header, rows)])
+
+
+def diagnose() -> Diagnosis:
+    """Looks at this machine and computes a small product with every scheme on every device, in bfloat16 and float32."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    dtypes = (torch.bfloat16, torch.float32)
+    checks = [_check(fmt, device, dtype) for device in devices for dtype in dtypes for fmt in FORMATS.values()]
+    return Diagnosis(versions(), _devices(), checks)
+
+
+def versions() -> dict[str, str]:
+    """The versions of what matters here; ``not installed`` where it is not."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    # torch's own version names its build (+cpu, +cu130), the package's metadata may not.
+    found["torch"] = str(torch.__version__)
+    return found
+
+
+def _devices() -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = [f"cpu: {platform.machine()}, {capability}, {torch.get_num_threads()} threads"]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        triton = "Triton kernels" if importlib.util.find_spec("triton") else "no Triton: dequantize + vendor matmul"
+        size = f"{p.total_memory / 1e9:.0f} GB, {p.multi_processor_count} SMs"
+        found.append(f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {size}, {triton}")
+    return found
+
+
+def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(192, 576, generator=generator).to(dtype)
+    x = torch.randn(3, 576, generator=generator).to(dtype)
+    packed = pack(weight.to(device), fmt.name)
+    y = torch.ops.qlinear.linear(
+        x.to(device), packed.weight, packed.scale, packed.zero_point, None, fmt.name, packed.in_features, packed.out_features
+    )
+    wanted = reference.matmul(x, pack(weight, fmt.name, layout="plain"))
+    error = ((y.cpu().double() - wanted).norm() / wanted.norm()).item()
+    paths, reason = _paths(fmt, device, dtype, packed.layout)
+    return Check(fmt.name, device, str(dtype).removeprefix("torch."), paths, reason, error, fmt.max_error(dtype))
+
+
+def _paths(fmt: Format, device: str, dtype: torch.dtype, layout: str) -> tuple[dict[int, str], str]:
+    """The paths by the number of tokens each begins at, and the reason for the first."""
+    paths: dict[int, str] = {}
+    for tokens in range(1, _MOST_TOKENS + 1):
+        name, _ = ops.path(fmt, dtype, tokens, device, layout)
+        if not paths or name != list(paths.values())[-1]:
+            paths[tokens] = name
+    return paths, ops.path(fmt, dtype, 1, device, layout)[1]
+
+
+def native_path(device: torch.device) -> str:
+    """One line for a program's output: which of the two families computes on this device."""
+    if native_layout(device) == "triton":
+        return f"Triton kernels on {torch.cuda.get_device_name(device)}"
+    return f"PyTorch's packed operators on {device.type} (not the Triton kernels: those need a GPU)"

@@ -1,0 +1,106 @@
+"""Tiny models, random packed weights and subprocesses for the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlinear.bits import pack_bits
+from qlinear.format import Format
+from qlinear.pack import PackedWeight
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: The instruction sets this CPU can run PyTorch's operators with: each has its own order of packed int4 bytes.
+CPU_LEVELS = [
+    *(["avx512"] if torch.cpu._is_avx512_supported() else []),
+    *(["avx2"] if torch.cpu._is_avx2_supported() else []),
+    "default",
+]
+
+
+def random_packed(fmt: Format, n: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PackedWeight:
+    """A plain packed weight with every code and zero point equally likely; ``dtype`` is that of the float weight."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, fmt.max_code + 1, (n, k), generator=g, dtype=torch.uint8)
+    scale = (0.01 + 0.02 * torch.rand(n, fmt.groups(k), generator=g)).to(fmt.scale_dtype(dtype))
+    zero = None
+    if not fmt.symmetric:
+        zeros = torch.randint(0, fmt.max_code + 1, (fmt.groups(k), n), generator=g, dtype=torch.uint8)
+        zero = pack_bits(zeros, fmt.bits).t().contiguous()
+    return PackedWeight(pack_bits(codes, fmt.bits), scale, zero, fmt, n, k)
+
+
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    """``norm(y - reference) / norm(reference)`` in float64."""
+    return float((y.double() - reference).norm() / reference.norm())
+
+
+def bits(t: Tensor) -> Tensor:
+    """A tensor's bytes, so that equality means the same bits (also for NaN and -0)."""
+    return t.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """Runs code in a fresh interpreter that can import qlinear; returns its output, fails with its errors."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **environment}
+    command = [sys.executable, "-W", "error::UserWarning:qlinear", "-c", textwrap.dedent(code), *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def tiny_llama(tied: bool = False, **config: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 72, "intermediate_size": 130, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied, **config)).eval()
+
+
+def tiny_gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=64, n_layer=2, n_head=4, n_positions=32)).eval()
+
+
+def tiny_bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 130, "num_hidden_layers": 2}
+    return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4)).eval()
+
+
+def tiny_vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 130, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4)).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    """The model's output for one fixed input, whichever kind it takes."""
+    g = torch.Generator().manual_seed(1)
+    if model.config.model_type == "vit":  # type: ignore[union-attr]
+        return model(pixel_values=torch.randn(2, 3, 16, 16, generator=g)).logits
+    return model(input_ids=torch.randint(0, 99, (2, 9), generator=g)).logits
+
+
+TINY_MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert, "vit": tiny_vit}
