@@ -1,7 +1,12 @@
-"""Compiles a kernel as it ships for a target that need not be present: for the tests, and for the static audit in ``bench``."""
+"""Compiles a kernel as it ships, for a target that need not be present: for the tests and the audit in ``bench``."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +19,14 @@ from qlinear.kernels.configs import Config
 from qlinear.kernels.matmul import _matmul_kernel, constexprs
 from qlinear.kernels.runtime import Capability, Target
 
-_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32"}
+_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+}
 
 
 def gpu_target(capability: Capability) -> GPUTarget:
@@ -71,9 +83,50 @@ def compile_kernel(
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = f"*{_NAMES[pointers[name]]}" if name in pointers else "i32"
+        dtype = pointers.get(name)
+        signature[name] = "i32" if dtype is None else f"*{_NAMES[dtype]}"
         if name in pointers or name in aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return triton.compile(source, target=gpu_target(capability), options=options)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes and does, read from its machine code."""
+
+    registers: int
+    #: Bytes of local memory: registers that did not fit.
+    spilled: int
+    shared: int
+    tensor_core_instructions: int
+    #: Copies from global to shared memory that do not pass through registers.
+    asynchronous_copies: int
+
+
+def usage(compiled: CompiledKernel) -> Usage:
+    """Reads a kernel's resources and instructions with the tools inside the Triton package; no device is needed."""
+    shared = compiled.metadata.shared
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        fields = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+        return Usage(fields["vgpr_count"], fields["private_segment_fixed_size"], shared, text.count("v_mfma"), 0)
+    text = _cuobjdump(compiled.asm["cubin"], "-res-usage", "-sass")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", text, re.MULTILINE)
+    matrix = sum(name in _TENSOR_CORE for name in instructions)
+    return Usage(int(found[1]), int(found[2]), shared, matrix, sum(name in _ASYNCHRONOUS for name in instructions))
+
+
+_TENSOR_CORE = {"HMMA", "IMMA", "HGMMA", "IGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA"}
+_ASYNCHRONOUS = {"LDGSTS", "UTMALDG", "UBLKCP"}
+
+
+def _cuobjdump(cubin: bytes, *options: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout

@@ -1,35 +1,47 @@
-"""Block sizes for a problem: one plain function, computed from the shape, the format and the device, never measured at run time.
+"""Block sizes for a problem: one plain function of shape, format and device; nothing is measured at run time.
 
-M only counts by its bucket, so that the bits of a token do not depend on how many others share its batch (within a bucket).
+M counts only by its bucket, so that the bits of a token do not depend on how many others share its batch (within a
+bucket).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 
-from qlinear.format import BLOCK_K, TILE_N, Format
+from qlinear.format import BLOCK_K, Format
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability
 
-#: Tokens are rounded up to the next of these; above the last, M is covered by tiles of it.
-M_BUCKETS = (16, 64, 128)
+#: Tokens are rounded up to the next of these; more than the last are covered by tiles of the last.
+M_BUCKETS = (8, 16, 64, 128)
 
-#: Shared memory one program may use, in bytes; the smallest is assumed of a device that is not listed.
-_SHARED_MEMORY = {
-    (8, 0): 163 << 10,
-    (8, 7): 163 << 10,
-    (9, 0): 227 << 10,
-    (10, 0): 227 << 10,
-    (10, 3): 227 << 10,
+_Tiles = dict[int, tuple[tuple[int, int, int], ...]]
+
+#: (BLOCK_M, BLOCK_N, warps) by bucket, widest first: every program reads its tokens again, so a wide BLOCK_N saves
+#: traffic where there are programs enough. A tile is as large as its sums fit into registers: a test compiles them
+#: all and finds no spill.
+_AMPERE_TILES: _Tiles = {
+    8: ((8, 128, 4),),
+    16: ((16, 256, 4), (16, 128, 4)),
+    64: ((64, 128, 8),),
+    128: ((128, 128, 8),),
 }
-_SHARED_MEMORY_SMALL = {"nvidia": 99 << 10, "amd": 64 << 10}
+_HOPPER_TILES: _Tiles = _AMPERE_TILES | {64: ((64, 256, 8), (64, 128, 4))}
+_BLACKWELL_TILES: _Tiles = _HOPPER_TILES | {16: ((16, 256, 8), (16, 128, 8))}
+_AMD_TILES: _Tiles = {8: ((16, 128, 4),), 16: ((16, 128, 4),), 64: ((64, 128, 4),), 128: ((128, 128, 8),)}
+#: float32 is there to be right: three products for one leave no registers for more.
+_FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((8, 64, 4),))
+_AMD_FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((16, 64, 4),))
 
-#: A split along K is worth its partial sums only above this many blocks of 128 per program.
+#: Shared memory of a multiprocessor in KiB, by capability; others have 99 (sm_86, sm_89, sm_120) or, on AMD, 64.
+_SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+
+#: K is split so that the device is full, but a program keeps this many blocks of 128 ...
 _MIN_BLOCKS = 4
-#: Bytes of partial sums over bytes of weights.
-_MAX_PARTIALS = 0.15
+#: ... and partial sums, which stay in the L2 cache, this share of the bytes of the weight.
+_MAX_PARTIALS = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,19 +55,71 @@ class Config:
     split_k: int = 1
 
     def scales_weight(self, fmt: Format) -> bool:
-        """Whether a group's scale multiplies the decoded weight: where the sum over the group is the larger tile."""
+        """Whether scales multiply the decoded weight rather than a group's sum: where the sum is the larger tile."""
         return fmt.group_size is not None and 2 * self.block_m > fmt.group_size
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n}-w{self.num_warps}-s{self.num_stages}-k{self.split_k}"
 
 
-def choose_config(m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int) -> Config:
-    """The configuration for ``[m, k] @ [n, k]^T``."""
-    bucket = next((b for b in M_BUCKETS if m <= b), M_BUCKETS[-1])
-    tile = tile_config(bucket, fmt, dtype, capability)
-    if m > M_BUCKETS[-1]:
-        return tile
-    return Config(tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, _split_k(tile, bucket, n, k, fmt, num_sms))
-def tile_config(bucket, fmt, dtype, capability):
-    return Config(16, 128, 4, 4)
+def choose_config(
+    m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
+) -> Config:
+    """The configuration for x ``[m, k]`` of ``dtype`` and a weight ``[n, k]``."""
+    bucket = _bucket(m)
+    for tile in _tiles(bucket, fmt, dtype, capability):
+        _, block_n, num_warps = tile
+        tiles = -(-n // block_n)
+        # Programs of 4 warps run two to a multiprocessor.
+        wanted = num_sms * 8 // num_warps // tiles
+        split = 1 if m > M_BUCKETS[-1] else _split_k(wanted, tiles, bucket, k, fmt)
+        if tiles * split >= 0.75 * num_sms:
+            break
+    return Config(*tile, _num_stages(*tile, fmt, dtype, capability), split)
+
+
+def shipped_configs(fmt: Format, dtype: torch.dtype, capability: Capability) -> Iterator[Config]:
+    """Every configuration :func:`choose_config` can return, up to the value of a split, which is not compiled in."""
+    tiles = dict.fromkeys(tile for bucket in M_BUCKETS for tile in _tiles(bucket, fmt, dtype, capability))
+    for tile in tiles:
+        for split in (1, 2):
+            yield Config(*tile, _num_stages(*tile, fmt, dtype, capability), split)
+
+
+def _bucket(m: int) -> int:
+    return next((bucket for bucket in M_BUCKETS if m <= bucket), M_BUCKETS[-1])
+
+
+def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability) -> tuple[tuple[int, int, int], ...]:
+    if isinstance(capability, str):
+        return (_AMD_FLOAT32_TILES if dtype == torch.float32 else _AMD_TILES)[bucket]
+    if dtype == torch.float32:
+        return _FLOAT32_TILES[bucket]
+    tiles = {9: _HOPPER_TILES, 10: _BLACKWELL_TILES}.get(capability[0], _AMPERE_TILES)[bucket]
+    # The sums of four groups of 32 at a time do not fit into the registers of 4 warps beside a wide tile.
+    return tiles[-1:] if fmt.group_size == 32 else tiles
+
+
+def _split_k(wanted: int, tiles: int, bucket: int, k: int, fmt: Format) -> int:
+    blocks = -(-k // BLOCK_K)
+    # Of one row of the weight: bits * k / 8 bytes of codes, and 4 bytes of each partial sum for each token.
+    affordable = int(_MAX_PARTIALS * fmt.bits * k / 8 / (4 * bucket))
+    split = max(1, min(wanted, blocks // _MIN_BLOCKS, affordable))
+    if tiles > MAX_SPLIT_TILES:
+        return 1
+    # The smallest split with as many blocks per program, so that none is empty.
+    return -(-blocks // -(-blocks // split))
+
+
+def _num_stages(
+    block_m: int, block_n: int, num_warps: int, fmt: Format, dtype: torch.dtype, capability: Capability
+) -> int:
+    """As many buffers as fit, at most 4, two programs of 4 warps to a multiprocessor."""
+    # float32 is bound by its products, and has no registers to spare.
+    if isinstance(capability, str) or dtype == torch.float32:
+        return 2
+    budget = (_SHARED_KIB.get(capability, 99) << 10) * num_warps // 8
+    weight = block_n * BLOCK_K * fmt.bits // 8
+    tokens = block_m * BLOCK_K * (1 if fmt.integer_activations else dtype.itemsize)
+    # A buffer is consumed in registers (weight) or in place (tokens); the rest is for scales and changes of layout.
+    return next((s for s in (4, 3) if (s - 1) * weight + s * tokens + (6 << 10) <= budget), 2)

@@ -1,14 +1,17 @@
+# mypy: disable-error-code="no-untyped-def,assignment"
+# ruff: noqa: SIM300 - upper case names are constexprs, not constants
 """Decoders: the words of one block of 128 along K -> planes of numbers, in registers.
 
-A decoder is ``(words, zeros, PTX, DT) -> tuple of planes``: plane ``j`` holds ``code - zeros[j]`` in the dtype ``DT``, exactly,
-for as many columns as ``words`` has. ``zeros[j]`` is a number, or a column ``[rows, 1]`` of ``DT`` where zero points are stored.
-The kernels take it as a ``tl.constexpr``, so one loop serves every format. PTX says whether inline PTX may be used: not in the
-interpreter, not on AMD; every decoder says the same in plain Triton.
+A decoder is ``(words, zeros, PTX, DT) -> tuple of planes``: plane ``j`` holds ``code - zeros[j]`` in the dtype
+``DT``, exactly, for as many columns as ``words`` has. ``zeros[j]`` is a number, or a column ``[rows, 1]`` of ``DT``
+where zero points are stored. The kernels take it as a ``tl.constexpr``, so one loop serves every format. PTX says
+whether inline PTX may be used: not in the interpreter, not on AMD; every decoder says the same in plain Triton.
 
-The common trick is a number whose exponent makes the low mantissa bits worth one each, so that a code is converted by writing
-its bits there and subtracting: 0x6400 is 1024 in fp16 (10 bits), 0x4300 is 128 in bf16 (7 bits), 0x4B000000 is 2**23 in fp32.
-FasterTransformer and AWQ use it for fp16 (Kim et al., "Who Says Elephants Can't Run", 2022), Marlin for bf16 too. Here one
-32-bit register holds the same plane of two neighbouring columns, so every instruction makes two numbers.
+The common trick is a number whose exponent makes the low mantissa bits worth one each, so that a code is converted
+by writing its bits there and subtracting: 0x6400 is 1024 in fp16 (10 bits), 0x4300 is 128 in bf16 (7 bits),
+0x4B000000 is 2**23 in fp32. FasterTransformer and AWQ use it for fp16 (Kim et al., "Who Says Elephants Can't Run",
+2022), Marlin for bf16 too. Here one 32-bit register holds the same plane of two neighbouring columns, so every
+instruction makes two numbers.
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ def _magic(field, zero, DT: tl.constexpr):
 def decode_planar4(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
     """int16 words of four nibbles -> four planes; a result is ``code - zeros[j]``, an integer in -15 .. 15."""
     if PTX and DT == tl.float16:
-        # A nibble in the upper half of a byte reads as 1024 + 16 * code: one fused multiply-add puts it right, where a shift
-        # would cost an instruction of its own.
+        # A nibble in the upper half of a byte reads as 1024 + 16 * code: one fused multiply-add puts it right,
+        # where a shift would cost an instruction of its own.
         a, b, c, d = tl.inline_asm_elementwise(
             """{ .reg .b32 t;
             shr.u32 t, $4, 8;
@@ -78,7 +81,12 @@ def decode_planar4(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-        return (a - _plus(zeros[0], 128.0, DT), b - _plus(zeros[1], 128.0, DT), c - _plus(zeros[2], 128.0, DT), d - _plus(zeros[3], 128.0, DT))
+        return (
+            a - _plus(zeros[0], 128.0, DT),
+            b - _plus(zeros[1], 128.0, DT),
+            c - _plus(zeros[2], 128.0, DT),
+            d - _plus(zeros[3], 128.0, DT),
+        )
     else:
         wide = words.to(tl.int32)
         return (
@@ -93,9 +101,9 @@ def decode_planar4(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
 def decode_planar8(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
     """int16 words of two bytes -> two planes; the zero point is 128, a result is an integer in -128 .. 127.
 
-    fp16: one byte permute writes 0x64 above two codes. bf16 has 7 bits for 8: with the code ``128*h + l`` the result is
-    ``(128 + l) + (-128 if h else -256)``, and both terms are one three-input logic instruction: ``(code & 0x7F) | 0x4300``
-    and ``(code & 0x80) ^ 0xC380``.
+    fp16: one byte permute writes 0x64 above two codes. bf16 has 7 bits for 8: with the code ``128*h + l`` the
+    result is ``(128 + l) + (-128 if h else -256)``, and both terms are one three-input logic instruction: ``(code &
+    0x7F) | 0x4300`` and ``(code & 0x80) ^ 0xC380``.
     """
     if PTX and DT == tl.float16:
         a, b = tl.inline_asm_elementwise(

@@ -1,4 +1,5 @@
-"""Activations to int8, one scale per token, in one pass over memory: the first half of W8A8 (the second is matmul.py's loop)."""
+# mypy: disable-error-code="no-untyped-def,assignment"
+"""W8A8: tokens are rounded to int8, each with its own scale, and multiplied by the loop of matmul.py."""
 
 from __future__ import annotations
 
@@ -7,11 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlinear.format import BLOCK_K
+from qlinear.format import BLOCK_K, Format
+from qlinear.kernels.configs import Config
+from qlinear.kernels.matmul import check, launch
 from qlinear.kernels.runtime import device_guard, target_of
 
 #: A row up to this long stays in registers between finding its largest value and writing it.
 _MAX_BLOCK = 8192
+
+#: 127 * 128 * MAX_IN_FEATURES < 2**31.
+MAX_IN_FEATURES = 1 << 17
 
 
 @triton.jit
@@ -47,18 +53,19 @@ def _quantize_kernel(x_ptr, q_ptr, scale_ptr, K, stride_xm, stride_qm, BLOCK: tl
             bits = tl.maximum(bits, _largest(x))
     largest = bits.to(tl.float32, bitcast=True)
     # A row of zeros (or next to it) gets a scale that is not zero, so that nothing is divided by zero; NaN stays.
-    scale = tl.where(largest < 1e-30, 1e-30, largest) / 127.0
-    tl.store(scale_ptr + row, scale)
+    largest = tl.where(largest < 1e-30, 1e-30, largest)
+    inverse = tl.div_rn(127.0, largest)
+    tl.store(scale_ptr + row, tl.div_rn(largest, 127.0))
     if ONE_BLOCK:
-        tl.store(q_ptrs, _round(tl.div_rn(x, scale)), mask=offs < stride_qm)
+        tl.store(q_ptrs, _round(x * inverse), mask=offs < stride_qm)
     else:
         for start in range(0, stride_qm, BLOCK):
             x = tl.load(x_ptrs + start, mask=start + offs < K, other=0.0).to(tl.float32)
-            tl.store(q_ptrs + start, _round(tl.div_rn(x, scale)), mask=start + offs < stride_qm)
+            tl.store(q_ptrs + start, _round(x * inverse), mask=start + offs < stride_qm)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """One symmetric scale per token, 127 levels, ties to even: ``x[m] ~ q[m, :K] * scale[m]``.
+    """One symmetric scale per token, 127 levels, ties to even: ``x[m] ~ q[m] * scale[m]``.
 
     A token that holds NaN or infinity gets such a scale, hence a non-finite row of the product, and touches no other.
 
@@ -66,8 +73,14 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
         x: float ``[M, K]``.
 
     Returns:
-        q: int8 ``[M, K rounded up to 128]``, padded with zeros, so that the product needs no mask. scale: float32 ``[M]``.
+        q: int8 ``[M, K]``, its rows padded with zeros to a multiple of 128. scale: float32 ``[M]``.
     """
+    q, scale = _quantize_padded(x)
+    return q[:, : x.shape[1]], scale
+
+
+def _quantize_padded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_activations` with the padding, so that the product needs no mask along K."""
     m, k = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -79,5 +92,27 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
         block = min(triton.next_power_of_2(padded), _MAX_BLOCK)
         warps = max(1, min(8, block // 512))
         with device_guard(x.device):
-            _quantize_kernel[(m,)](x, q, scale, k, x.stride(0), padded, BLOCK=block, ONE_BLOCK=padded <= block, num_warps=warps)
+            _quantize_kernel[(m,)](
+                x, q, scale, k, x.stride(0), padded, BLOCK=block, ONE_BLOCK=padded <= block, num_warps=warps
+            )
     return q, scale
+
+
+def int8_linear_tensors(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    fmt: Format,
+    out_features: int,
+    bias: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """``x @ W^T + bias`` for x ``[M, K]``: quantizes the tokens; the int8 products are exact before they are scaled."""
+    check(x, weight, scale, fmt, out_features, bias)
+    k = x.shape[1]
+    if k > MAX_IN_FEATURES:
+        raise ValueError(f"in_features is {k}; sums of int8 products fit int32 up to {MAX_IN_FEATURES}")
+    q, x_scale = _quantize_padded(x)
+    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    launch(q, x_scale, weight, scale, fmt, bias, y, k, config)
+    return y

@@ -1,7 +1,10 @@
+# mypy: disable-error-code="no-untyped-def,assignment"
+# ruff: noqa: SIM300 - upper case names are constexprs, not constants
 """y = x @ W^T + bias for packed weights: the only matmul loop, its epilogue and its launcher.
 
-Inside, everything is transposed: ``y^T = W x^T``, the weight being the left operand, because Hopper's tensor cores take the
-left operand from registers, where the decoder leaves it. The same source becomes mma.sync or mfma elsewhere.
+Inside, everything is transposed: ``y^T = W x^T``, the weight being the left operand, because Hopper's tensor cores
+take the left operand from registers, where the decoder leaves it. The same source becomes mma.sync or mfma
+elsewhere.
 """
 
 from __future__ import annotations
@@ -16,8 +19,7 @@ from torch import Tensor
 from qlinear.format import BLOCK_K, TILE_N, Format
 from qlinear.kernels.configs import Config, choose_config
 from qlinear.kernels.decode import DECODERS
-from qlinear.kernels.int8 import quantize_activations
-from qlinear.kernels.runtime import Target, counters, device_guard, target_of
+from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, counters, device_guard, target_of
 from qlinear.kernels.tiles import concat, decode_block, load_scales, padded_rows, scale_planes
 
 if TYPE_CHECKING:
@@ -39,11 +41,13 @@ def _store_output(acc, y_ptr, scale, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N
 
 
 @triton.jit
-def _share_partials(acc, partial_ptr, counter_ptr, tile, split, splits, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _share_partials(
+    acc, partial_ptr, counter_ptr, tile, split, splits, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Split-K in one launch: returns ``(sum of all partials, whether this program is the one that stores it)``.
 
-    Every program writes its partial sum and counts itself in; the last to arrive adds all of them in the order of their index, so
-    the bits do not depend on who was last, and sets the counter back to zero for the next launch.
+    Every program writes its partial sum and counts itself in; the last to arrive adds all of them in the order of
+    their index, so the bits do not depend on who was last, and sets the counter back to zero for the next launch.
     """
     offs = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK_N
     mask = (tl.arange(0, BLOCK_M) < rows)[None, :]
@@ -65,15 +69,16 @@ def _share_partials(acc, partial_ptr, counter_ptr, tile, split, splits, rows, BL
 def _matmul_kernel(
     x_ptr, w_ptr, scale_ptr, x_scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K, stride_xm, splits,
     DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
-    MASK_K: tl.constexpr, PTX: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_K: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] * (code[n, k] - zero[n, k // GROUP]) * scale[n, k // GROUP] * x_scale[m] + bias[n]
 
     x: [M, K], rows stride_xm apart. y: [M, N] contiguous. x_scale: float32 [M] or None. bias: [N] or None.
-    w, scale: prepared layout (see tiles.py); GROUP is None where a scale belongs to a whole row. partial, counter: see
-    _share_partials, None where splits is 1. DT: what the products are computed in; the sum is float32, int32 for int8.
+    w, scale: prepared layout (see tiles.py); GROUP is None where a scale belongs to a whole row. partial, counter:
+    see _share_partials, None where splits is 1. Products are x's, the sum is float32, or int32 for int8.
     """
+    DT: tl.constexpr = x_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.int32 if DT == tl.int8 else tl.float32
     WORDS: tl.constexpr = 128 // PLANES
     COUNT: tl.constexpr = 1 if GROUP is None else 128 // GROUP
@@ -100,26 +105,26 @@ def _matmul_kernel(
         s_ptrs = scale_ptr + padded_rows(pid_n, 1, N, BLOCK_N) * PARTS
     else:
         s_ptrs = scale_ptr + (padded_rows(pid_n, blocks * COUNT, N, BLOCK_N) + first * (COUNT * 64)) * PARTS
-    scales, zeros = load_scales(s_ptrs, COUNT, OFFSET, DT)
+    scales = load_scales(s_ptrs, COUNT, OFFSET, DT)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     for block in range(first, last):
-        # Triton loads ahead what a product needs: scales do so if zero points come with them, but not on their own. Those of the
-        # next block are carried in registers instead.
+        # Triton loads ahead what a product needs: scales do so if zero points come with them, but not on their own.
+        # Those of the next block are carried in registers instead.
         if GROUP is not None:
             if OFFSET is None:
-                scales, zeros = load_scales(s_ptrs, COUNT, OFFSET, DT)
+                scales = load_scales(s_ptrs, COUNT, OFFSET, DT)
                 s_ptrs += 64 * COUNT * PARTS
             else:
                 s_ptrs += tl.where(block + 1 < last, 64 * COUNT, 0)
-                next_scales, zeros = load_scales(s_ptrs, COUNT, OFFSET, DT)
-        planes = decode_block(w_ptrs, zeros, DECODE, PLANES, COUNT, OFFSET, PTX, DT)
+                next_scales = load_scales(s_ptrs, COUNT, OFFSET, DT)
+        planes = decode_block(w_ptrs, scales, DECODE, PLANES, COUNT, OFFSET, PTX, DT)
         if SCALE_WEIGHT:
             planes = scale_planes(planes, scales, PLANES if PLANES >= COUNT else COUNT, COUNT, DT)
         for i in tl.static_range(128 // SPAN):
             if MASK_K:
                 x_mask = (offs_m < M)[None, :] & (block * 128 + i * SPAN + offs_k < K)[:, None]
-            x = tl.load(x_ptrs + i * SPAN, mask=x_mask, other=0).to(DT)
+            x = tl.load(x_ptrs + i * SPAN, mask=x_mask, other=0)
             w = concat(planes, i * SLICES, SLICES)
             if GROUP is None or SCALE_WEIGHT:
                 acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -132,20 +137,15 @@ def _matmul_kernel(
 
     is_last = True
     if partial_ptr is not None:
-        acc, is_last = _share_partials(acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N)
+        acc, is_last = _share_partials(
+            acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N
+        )
     if is_last:
         _store_output(acc, y_ptr, scales[0] if GROUP is None else None, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N)
 
 
-_TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.int8: tl.int8}
-
-
 def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config, target: Target) -> dict[str, Any]:
     """The compile-time arguments of the kernel, for x in ``dtype`` (int8 where the format quantizes activations)."""
-    compute = dtype
-    # The interpreter multiplies bfloat16 numbers as if their bits were integers.
-    if target.interpreted and dtype == torch.bfloat16:
-        compute = torch.float32
     decoder = DECODERS[fmt.packing]
     return {
         "DECODE": decoder.function,
@@ -155,7 +155,6 @@ def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config
         "SCALE_WEIGHT": config.scales_weight(fmt),
         "MASK_K": in_features % BLOCK_K != 0,
         "PTX": target.nvidia,
-        "DT": _TRITON_TYPES[compute],
         # float32 on tensor cores: the sum of three TF32 products is as exact as float32's own.
         "PRECISION": "tf32x3" if target.nvidia and dtype == torch.float32 else "ieee",
         "BLOCK_M": config.block_m,
@@ -164,7 +163,8 @@ def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config
 
 
 def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
-    """``x @ W^T + bias`` for a packed weight ``[N, K]`` in the ``triton`` layout: ``[..., K] -> [..., N]`` in x's dtype.
+    """``x @ W^T + bias`` for a packed weight ``[N, K]`` in the ``triton`` layout: ``[..., K] -> [..., N]`` in x's
+    dtype.
 
     Args:
         x: float16, bfloat16 or float32, any strides.
@@ -174,11 +174,15 @@ def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, config: 
         ValueError: the layout, a dtype, a shape or a device does not fit.
     """
     if packed.layout != "triton":
-        raise ValueError(f"the kernels read the layout 'triton', got {packed.layout!r}; use packed.to_layout('triton')")
+        raise ValueError(f"the kernels read the layout 'triton', got {packed.layout!r}; use to_layout('triton')")
     if x.dim() == 0 or x.shape[-1] != packed.in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be in_features = {packed.in_features}")
     x2d = x.reshape(-1, packed.in_features)
-    y = matmul_tensors(x2d, packed.weight, packed.scale, packed.format, packed.out_features, bias, config)
+    # Imported here because int8.py is built on this module.
+    from qlinear.kernels.int8 import int8_linear_tensors
+
+    linear = int8_linear_tensors if packed.format.integer_activations else matmul_tensors
+    y = linear(x2d, packed.weight, packed.scale, packed.format, packed.out_features, bias, config)
     return y.view(*x.shape[:-1], packed.out_features)
 
 
@@ -191,35 +195,81 @@ def matmul_tensors(
     bias: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """:func:`matmul` on the bare tensors of the ``triton`` layout, for x ``[M, K]``."""
-    _check(x, weight, scale, fmt, out_features, bias)
+    """:func:`matmul` on the bare tensors of the ``triton`` layout, for x ``[M, K]``; not for W8A8."""
     if fmt.integer_activations:
-        x_int8, x_scale = quantize_activations(x)
-        return _launch(x_int8, x_scale, weight, scale, fmt, out_features, bias, x.dtype, x.shape[1], config)
-    return _launch(x, None, weight, scale, fmt, out_features, bias, x.dtype, x.shape[1], config)
+        raise ValueError(f"{fmt} multiplies int8 activations: use qlinear.kernels.int8.int8_linear_tensors")
+    check(x, weight, scale, fmt, out_features, bias)
+    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    launch(x, None, weight, scale, fmt, bias, y, x.shape[1], config)
+    return y
 
 
-def _check(x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, n: int, bias: Tensor | None) -> None:
+def check(x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, n: int, bias: Tensor | None) -> None:
+    """Raises a ValueError that names what was got and what was wanted, where the tensors do not fit."""
     if x.dim() != 2 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"x must be a float16, bfloat16 or float32 matrix [M, K], got {x.dtype} {tuple(x.shape)}")
-    k = x.shape[1]
-    words = DECODERS[fmt.packing].words
-    wanted = (-(-n // TILE_N), -(-k // BLOCK_K), TILE_N, words)
-    dtype = torch.int8 if fmt.packing == "rows8" else torch.int16
-    if tuple(weight.shape) != wanted or weight.dtype != dtype or not weight.is_contiguous():
-        raise ValueError(
-            f"weight of {fmt} [{n}, {k}] in the layout 'triton' must be contiguous {dtype} {wanted}, "
-            f"got {weight.dtype} {tuple(weight.shape)}"
-        )
-    groups = fmt.groups(wanted[1] * BLOCK_K)
-    shape = (wanted[0], groups, TILE_N) if fmt.symmetric else (wanted[0], groups, TILE_N, 2)
-    if tuple(scale.shape) != shape or not scale.is_floating_point() or not scale.is_contiguous():
-        raise ValueError(
-            f"scale of {fmt} [{n}, {k}] in the layout 'triton' must be contiguous floats {shape}, "
-            f"got {scale.dtype} {tuple(scale.shape)}"
-        )
+    check_weight(weight, scale, fmt, n, x.shape[1])
     if bias is not None and (tuple(bias.shape) != (n,) or not bias.is_floating_point()):
         raise ValueError(f"bias must be floats ({n},), got {bias.dtype} {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
+    for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")
+
+
+def check_weight(weight: Tensor, scale: Tensor, fmt: Format, n: int, k: int) -> None:
+    """As :func:`check`, for the weight ``[n, k]`` alone."""
+    tiles, blocks = -(-n // TILE_N), -(-k // BLOCK_K)
+    what = f"of {fmt} [{n}, {k}] in the layout 'triton'"
+    dtype = torch.int8 if fmt.packing == "rows8" else torch.int16
+    shape = (tiles, blocks, TILE_N, DECODERS[fmt.packing].words)
+    if tuple(weight.shape) != shape or weight.dtype != dtype or not weight.is_contiguous():
+        raise ValueError(f"the weight {what} is contiguous {dtype} {shape}, got {weight.dtype} {tuple(weight.shape)}")
+    shape = (tiles, fmt.groups(blocks * BLOCK_K), TILE_N) + (() if fmt.symmetric else (2,))
+    if tuple(scale.shape) != shape or not scale.is_floating_point() or not scale.is_contiguous():
+        raise ValueError(f"the scale {what} is contiguous floats {shape}, got {scale.dtype} {tuple(scale.shape)}")
+    if scale.device != weight.device:
+        raise ValueError(f"the weight is on {weight.device} but its scale is on {scale.device}")
+
+
+def launch(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    fmt: Format,
+    bias: Tensor | None,
+    y: Tensor,
+    in_features: int,
+    config: Config | None,
+) -> None:
+    """Fills contiguous y ``[M, N]`` from checked tensors; int8 x comes with its scales, padded to blocks of 128."""
+    m, n = y.shape
+    if m == 0:
+        return
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    target = target_of(x.device)
+    if target.interpreted and y.dtype == torch.bfloat16:
+        # Triton's interpreter takes the bits of bfloat16 for integers when it multiplies, and truncates where it
+        # should round.
+        wide = torch.empty_like(y, dtype=torch.float32)
+        launch(x if x_scale is not None else x.float(), x_scale, weight, scale, fmt, bias, wide, in_features, config)
+        y.copy_(wide)
+        return
+    if config is None:
+        config = choose_config(m, n, in_features, fmt, y.dtype, target.capability, target.num_sms)
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    partial = counter = None
+    if config.split_k > 1:
+        if tiles > MAX_SPLIT_TILES:
+            raise ValueError(f"{config} splits {tiles} tiles along K; at most {MAX_SPLIT_TILES} can be")
+        size = tiles * config.split_k * config.block_m * config.block_n
+        partial = torch.empty(size, dtype=torch.int32 if x.dtype == torch.int8 else torch.float32, device=x.device)
+        counter = counters(x.device)
+    with device_guard(x.device):
+        _matmul_kernel[(tiles * config.split_k,)](
+            x, weight, scale, x_scale, None if bias is None else bias.contiguous(), y, partial, counter,
+            m, n, x.shape[1], x.stride(0), config.split_k,
+            **constexprs(fmt, x.dtype, x.shape[1], config, target),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip

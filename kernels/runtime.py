@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ def target_of(device: torch.device) -> Target:
     return _gpu_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _gpu_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     capability: Capability = (properties.major, properties.minor)
@@ -69,7 +69,8 @@ _rows: dict[tuple[torch.device, int], Tensor] = {}
 def reserve(device: torch.device) -> Tensor:
     """Allocates the counters of a device, once: all zero, and every launch leaves them so.
 
-    Call it before CUDA graphs are captured (``prepare`` does): memory that is allocated during a capture belongs to the graph.
+    Call it before CUDA graphs are captured (``prepare`` does): memory that is allocated during a capture belongs to
+    the graph.
     """
     if device not in _arenas:
         _arenas[device] = torch.zeros(STREAMS, MAX_SPLIT_TILES, dtype=torch.int32, device=device)
@@ -79,8 +80,8 @@ def reserve(device: torch.device) -> Tensor:
 def counters(device: torch.device) -> Tensor:
     """Zeroed int32 counters that no other stream of the device uses at the same time.
 
-    Launches that are captured on one stream share them, as they share cuBLAS's workspace: graphs captured on the same stream
-    must not be replayed at the same time.
+    Launches that are captured on one stream share them, as they share cuBLAS's workspace: graphs captured on the
+    same stream must not be replayed at the same time.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     row = _rows.get((device, stream))

@@ -1,7 +1,9 @@
+# mypy: disable-error-code="no-untyped-def,assignment"
 """One block of 128 along K of the prepared layout, for the rows of one program: addresses, scales, decoded planes.
 
-The layout is :mod:`qlinear.layout`'s: weight ``[N/64, K/128, 64, words]``, scale ``[N/64, G, 64]`` or, where zero points are
-stored, ``[N/64, G, 64, 2]``. ``GROUP`` is the format's group size, 128 where the scale belongs to the whole row.
+The layout is :mod:`qlinear.layout`'s: weight ``[N/64, K/128, 64, words]``, scale ``[N/64, G, 64]`` or, where zero
+points are stored, ``[N/64, G, 64, 2]``. ``GROUP`` is the format's group size, 128 where the scale belongs to the
+whole row.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ TILE_N = tl.constexpr(_TILE_N)
 def padded_rows(pid_n, per_tile, N, BLOCK_N: tl.constexpr):
     """For each row of a program: its place in an array ``[N/64, per_tile, 64]`` at index 0 of the middle axis.
 
-    N is padded to 64 only, so a program of more rows may reach past the end: it reads the last tile again there, and need not
-    mask; what it computes for those rows is not stored.
+    N is padded to 64 only, so a program of more rows may reach past the end: it reads the last tile again there,
+    and need not mask; what it computes for those rows is not stored.
     """
     row = tl.arange(0, BLOCK_N)
     tile = tl.minimum(pid_n * (BLOCK_N // TILE_N) + row // TILE_N, tl.cdiv(N, TILE_N) - 1)
@@ -30,39 +32,40 @@ def padded_rows(pid_n, per_tile, N, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def load_scales(ptrs, COUNT: tl.constexpr, OFFSET: tl.constexpr, DT: tl.constexpr):
-    """Scales and zero points of ``COUNT`` neighbouring groups, as two tuples.
+    """The scales of ``COUNT`` neighbouring groups, then their zero points where these are stored (OFFSET is None).
 
-    A scale is ``[rows]`` in the dtype it is stored in; a zero point is a column ``[rows, 1]`` of DT (a small integer, exact in
-    every dtype). There are no zero points where the format is symmetric and OFFSET its constant.
+    A scale is ``[rows]`` in the dtype it is stored in, a zero point a column ``[rows, 1]`` of DT: a small integer,
+    exact in every dtype.
     """
     scales = ()
     zeros = ()
     for g in tl.static_range(COUNT):
         if OFFSET is None:
             # Both are 16 bit wide: one 32-bit load for a row's pair.
-            pair = tl.load(ptrs[:, None] + (g * TILE_N * 2 + tl.arange(0, 2))[None, :])
+            pair = tl.load(ptrs[:, None] + (tl.arange(0, 2) + g * TILE_N * 2)[None, :])
             scale, zero = tl.split(pair)
             scales += (scale,)
             zeros += (zero.to(tl.float32).to(DT)[:, None],)
         else:
             scales += (tl.load(ptrs + g * TILE_N),)
-    return scales, zeros
+    return scales + zeros
 
 
 @triton.jit
 def decode_block(
-    w_ptrs, zeros, DECODE: tl.constexpr, PLANES: tl.constexpr, COUNT: tl.constexpr, OFFSET: tl.constexpr, PTX: tl.constexpr, DT: tl.constexpr
+    w_ptrs, scales, DECODE: tl.constexpr, PLANES: tl.constexpr, COUNT: tl.constexpr, OFFSET: tl.constexpr,
+    PTX: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """``max(PLANES, COUNT)`` planes of the block in the order of K; ``zeros`` are those of its COUNT groups."""
-    plane_zeros = ()
+    """``max(PLANES, COUNT)`` planes of the block in the order of K; ``scales`` is what load_scales returned."""
+    zeros = ()
     for j in tl.static_range(PLANES):
-        plane_zeros += (zeros[j * COUNT // PLANES] if OFFSET is None else OFFSET,)
+        zeros += (scales[COUNT + j * COUNT // PLANES] if OFFSET is None else OFFSET,)
     if PLANES >= COUNT:
-        return DECODE(tl.load(w_ptrs), plane_zeros, PTX, DT)
+        return DECODE(tl.load(w_ptrs), zeros, PTX, DT)
     else:
         # int8 in groups of 32: a plane is two groups wide, so the two halves of its words are decoded apart.
-        a, c = DECODE(tl.load(w_ptrs), plane_zeros, PTX, DT)
-        b, d = DECODE(tl.load(w_ptrs + BLOCK_K // COUNT), plane_zeros, PTX, DT)
+        a, c = DECODE(tl.load(w_ptrs), zeros, PTX, DT)
+        b, d = DECODE(tl.load(w_ptrs + BLOCK_K // COUNT), zeros, PTX, DT)
         return (a, b, c, d)
 
 
@@ -83,8 +86,8 @@ def scale_planes(planes, scales, PLANES: tl.constexpr, COUNT: tl.constexpr, DT: 
 def concat(planes, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """``COUNT`` planes ``[rows, W]`` from ``FIRST`` on, side by side: ``[rows, COUNT * W]``.
 
-    This order of joins is the one that costs no data movement when the result is the left operand of a product: every thread
-    already holds what it needs.
+    This order of joins is the one that costs no data movement when the result is the left operand of a product:
+    every thread already holds what it needs.
     """
     rows: tl.constexpr = planes[FIRST].shape[0]
     width: tl.constexpr = planes[FIRST].shape[1]

@@ -21,6 +21,7 @@ What = str | Scheme | Mapping[str, str | Scheme | None]
 
 #: Weights from which the work is long enough for a progress bar (on a terminal).
 _LONG = 50_000_000
+_FUSED = "its weight is read directly by the fast path of nn.TransformerEncoderLayer, past its forward"
 
 
 @dataclass
@@ -93,10 +94,14 @@ def candidates(model: nn.Module) -> list[Candidate]:
     """The linear layers of a model, each once, in order, with what stands against converting it."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     found: dict[int, Candidate] = {}
+    fused: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         first = id(module) not in found
+        if isinstance(module, nn.TransformerEncoderLayer):
+            fused.update((id(module.linear1), id(module.linear2)))
         if isinstance(module, nn.Linear) or is_conv1d(module):
-            entry = found.setdefault(id(module), Candidate(module, obstacle=_obstacle(module)))
+            obstacle = _FUSED if id(module) in fused else _obstacle(module)
+            entry = found.setdefault(id(module), Candidate(module, obstacle=obstacle))
             entry.names.append(name)
         for key, parameter in module._parameters.items():
             if parameter is not None and first and all(m is not module for m, _ in owners.get(id(parameter), [])):
@@ -179,3 +184,4 @@ def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
     for key, value in old.__dict__.items():
         if key.startswith(("_forward_", "_backward_")) and isinstance(value, dict):
             new.__dict__[key] = value
+    new._is_full_backward_hook = old._is_full_backward_hook

@@ -14,13 +14,15 @@ from qlinear.bits import unpack_bits
 from qlinear.cpu_layout import from_plain, int4_tiles, row_blocks, zero_points
 from qlinear.format import Format
 from qlinear.layout import layout_of
-from qlinear.pack import dequantize_codes, expand_groups
+from qlinear.pack import expand_groups, scaled, signed
 
 #: Most tokens the packed operators are given; above it a dequantized tile is cheaper.
 INT4_TOKENS = 16
 INT8_TOKENS = 8
 #: Weights of one dequantized tile: 2 MB of bfloat16, so that a tile is still in cache when it is multiplied.
 _TILE_WEIGHTS = 1 << 20
+#: Floor of a token's largest magnitude: a zero row has zero values, whatever its scale.
+_SMALLEST = 1e-30
 
 
 def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu") -> tuple[str, str]:
@@ -67,23 +69,19 @@ def _pad(x: Tensor, columns: int) -> Tensor:
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-token symmetric int8: values int8 ``[M, K]`` and float32 scales ``[M, 1]``, ``x ~ values * scale``.
 
-    A zero row has scale 0. A row with NaN or infinity has a NaN scale, so that its whole output row is NaN.
+    A zero row has zero values. A row with NaN or infinity gets a scale that is not finite, and so does its output row.
     """
-    wide = x.float()
-    largest = wide.abs().amax(-1, keepdim=True)
-    scale = largest / 127
-    inverse = torch.where(largest > 0, 127 / largest, 0)
-    values = (wide * inverse).round_()
-    if not bool(torch.isfinite(largest).all()):
-        scale = torch.where(torch.isfinite(largest), scale, torch.nan)
-        values.nan_to_num_(0, 0, 0)
-    return values.to(torch.int8), scale
+    # One pass for the largest magnitude in float32; the floor keeps a zero row from dividing by zero, NaN passes through.
+    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True, dtype=torch.float32).clamp_(min=_SMALLEST)
+    values = (x * (127 / largest)).round_()
+    # Contiguous, because _int_mm reads one row with the strides of a transposed view from the wrong places.
+    return values.to(torch.int8, memory_format=torch.contiguous_format), largest / 127
 
 
 def _int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     values, token_scale = quantize_activations(x)
-    product = torch._int_mm(values, weight.t()).float()
-    return product.mul_(token_scale).mul_(scale.view(-1)).to(x.dtype)
+    # int32 times float32 is one pass; decoding is bound by the number of small operators.
+    return (torch._int_mm(values, weight.t()) * token_scale).mul_(scale.view(-1)).to(x.dtype)
 
 
 def _tiled_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, n: int) -> Tensor:
@@ -97,27 +95,32 @@ def _tiled_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor |
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         if weight.dtype == torch.int8:
-            tile = weight[rows, :k].to(x.dtype).mul_(expand_groups(scale[rows], fmt.group_size or k, k))
+            values = weight[rows, :k]
         else:
-            codes, zero = unpack_bits(weight[rows], fmt.bits, k), None if zeros is None else zeros[rows]
-            tile = dequantize_codes(codes, scale[rows], zero, fmt, x.dtype)
-        y[:, rows] = F.linear(x, tile)
+            zero = None if zeros is None else expand_groups(zeros[rows], fmt, k)
+            values = signed(unpack_bits(weight[rows], fmt.bits, k), zero, fmt)
+        # The scale goes on the product where that is one number a row, except in float16, which unscaled sums overflow.
+        if fmt.group_size is None and x.dtype != torch.float16:
+            torch.mul(F.linear(x, values.to(x.dtype)), scale[rows].view(-1), out=y[:, rows])
+        else:
+            y[:, rows] = F.linear(x, scaled(values, scale[rows], fmt, x.dtype))
     return y
 
 
 def _operator_order_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The product with an int4 weight in the operator's byte order, in bfloat16 or any float dtype: a block of rows at a time.
+    """The product with an int4 weight in the operator's byte order, in any float dtype: a block of rows at a time.
 
     The blocks come with their rows permuted; the columns of the product are put in order once, at the end.
     """
     columns, groups = weight.shape[1] * 2, scale.shape[0]
+    order = torch.cat([rows + start for start, rows in row_blocks(weight.shape[0])])
+    pairs = scale[:, order]
+    zeros, scales = zero_points(pairs).to(torch.int8)[:, None], pairs[..., 0].to(x.dtype)[:, None]
     x = _pad(x, columns)
-    y, order = x.new_empty(x.shape[0], weight.shape[0]), []
-    for rows, (start, codes) in zip(row_blocks(weight.shape[0]), int4_tiles(weight), strict=True):
-        index = rows[1] + start
-        pairs = scale[:, index]
-        tile = codes.to(x.dtype).view(groups, columns // groups, len(index))
-        tile.sub_(zero_points(pairs).to(x.dtype)[:, None]).mul_(pairs[:, None, :, 0].to(x.dtype))
-        torch.mm(x, tile.view(columns, -1), out=y[:, start : start + len(index)])
-        order.append(index)
-    return y[:, torch.cat(order).argsort()]
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for start, codes in int4_tiles(weight):
+        rows = slice(start, start + codes.shape[1])
+        values = codes.view(torch.int8).view(groups, columns // groups, -1) - zeros[..., rows]
+        tile = values.to(x.dtype).mul_(scales[..., rows])
+        y[:, rows] = x @ tile.view(columns, -1)
+    return y[:, order.argsort()]

@@ -4,7 +4,8 @@
   bfloat16 ``[K/g, N, 2]`` holding scale and ``(8 - zero_point) * scale`` as ``aten::_weight_int4pack_mm_for_cpu`` wants.
   N is padded to a multiple of 16. A group that does not divide K becomes the largest smaller one that does, with repeated
   scales; where none does, K is padded to a multiple of 32.
-- int4 with float16 or float32 scales: stays plain. The packed operator would round the scales, and has no fast path there.
+- int4 with float16 or float32 scales (or a scale of zero beside a zero point): stays plain. The packed operator would round
+  the scales, and has no fast path there.
 - int8: ``weight`` int8 ``[N, K]`` signed; for w8a16 K is padded to a multiple of 32, because
   ``aten::_weight_int8pack_mm`` reads past the end of a row in bfloat16 otherwise.
 
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qlinear.bits import pack_bits, unpack_bits
+from qlinear.bits import pack_bits, unpack_bits, unpack_nibbles
 from qlinear.format import Format
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]
@@ -44,6 +45,8 @@ def from_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     zeros = torch.full_like(scale, fmt.offset) if zero is None else unpack_bits(zero.t(), 4, n).t().to(scale.dtype)
     # (8 - zero_point) has few enough bits for bfloat16; its product with the scale is rounded once.
     both = torch.stack((scale, (fmt.offset - zeros) * scale), dim=-1)
+    if zero is not None and not torch.equal(zero_points(both), zeros.float()):
+        return tensors  # a scale of zero, or one next to overflow, would lose its zero point
     index = torch.arange(0, columns, group, device=scale.device) // (fmt.group_size or columns)
     both = torch.nn.functional.pad(both[:, index], (0, 0, 0, 0, 0, rows - n))
     return packed, both.transpose(0, 1).contiguous(), None if zero is None else zero.new_empty(0)
@@ -90,7 +93,7 @@ def int4_tiles(packed: Tensor) -> Iterator[tuple[int, Tensor]]:
     for start, order in row_blocks(packed.shape[0]):
         size = len(order)
         block = flat[start * columns // 2 : (start + size) * columns // 2].view(columns, size // 2)
-        yield start, torch.stack((block & 15, block >> 4), dim=-1).view(columns, size)
+        yield start, unpack_nibbles(block)
 
 
 @functools.cache
@@ -112,6 +115,6 @@ def _block_order(rows: int) -> Tensor:
     digits = []
     for probe in (number[:, None].expand(rows, 32), (number >> 4)[:, None].expand(rows, 32), column.expand(rows, 32)):
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((probe & 15).contiguous(), 1).view(-1)
-        digits.append(torch.stack((packed & 15, packed >> 4), dim=-1).view(-1).long())
+        digits.append(unpack_nibbles(packed).long())
     length = int((digits[2] != 0).nonzero()[0]) if bool((digits[2] != 0).any()) else rows
     return (digits[0] + 16 * digits[1])[:length]

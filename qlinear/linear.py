@@ -119,7 +119,7 @@ class QLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         compute = self.compute_dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             compute = compute or torch.get_autocast_dtype(x.device.type)
             dtype = torch.get_autocast_dtype(x.device.type)
         if compute is not None and x.dtype != compute:
@@ -183,7 +183,7 @@ class QLinear(nn.Module):
         if prepared:
             self.unprepare()
         scale = state_dict.get(prefix + "weight_scale")
-        if isinstance(scale, Tensor) and scale.dtype != self.weight_scale.dtype:
+        if isinstance(scale, Tensor) and scale.is_floating_point() and scale.shape == self.weight_scale.shape:
             # The checkpoint's scales are kept as they are; copying into another dtype would round them.
             self.weight_scale = self.weight_scale.to(scale.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -112,6 +112,7 @@ def _linear_any(
 def _linear_fake(
     x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
 ) -> Tensor:
+    _check(x, weight, k)
     return x.new_empty(*x.shape[:-1], n)
 
 
@@ -145,7 +146,7 @@ def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
 _library.impl("linear", _linear_cpu, "CPU")

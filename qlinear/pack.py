@@ -70,26 +70,38 @@ class PackedWeight:
         return replace(self, weight=tensors[0], scale=tensors[1], zero_point=tensors[2])
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The float weight ``[N, K]`` this stands for, computed in float32 and rounded once to ``dtype`` (the scale's)."""
+        """The float weight ``[N, K]`` this stands for, rounded once to ``dtype`` (the scale's)."""
         codes, scale, zero = self.codes()
-        return dequantize_codes(codes, scale, zero, self.format).to(dtype or scale.dtype)
+        return dequantize_codes(codes, scale, zero, self.format, dtype or scale.dtype)
 
 
 def dequantize_codes(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``(code - zero_point) * scale`` for codes ``[N, K]`` and scales ``[N, G]``, in ``dtype``."""
-    k = codes.shape[1]
+    """``(code - zero_point) * scale`` for uint8 codes ``[N, K]`` and scales ``[N, G]``: exact, then rounded to ``dtype`` once."""
+    if zero_point is not None:
+        zero_point = expand_groups(zero_point, fmt, codes.shape[1])
+    return scaled(signed(codes, zero_point, fmt), scale, fmt, dtype)
+
+
+def scaled(values: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """int8 values ``[N, K]`` times their scales ``[N, G]``, in ``dtype``."""
+    n, k = values.shape
     size = fmt.group_size or k
-    zero = fmt.offset if zero_point is None else expand_groups(zero_point, size, k).to(dtype)
-    return (codes.to(dtype) - zero) * expand_groups(scale, size, k).to(dtype)
+    values = torch.nn.functional.pad(values, (0, scale.shape[1] * size - k))
+    return values.view(n, -1, size).to(dtype).mul_(scale.unsqueeze(-1)).view(n, -1)[:, :k]
 
 
-def expand_groups(per_group: Tensor, group_size: int, in_features: int) -> Tensor:
+def expand_groups(per_group: Tensor, fmt: Format, in_features: int) -> Tensor:
     """``[N, G]`` repeated along K to ``[N, in_features]``; the last group may be short."""
-    if per_group.shape[1] == 1:
-        return per_group
-    return per_group.repeat_interleave(group_size, dim=1)[:, :in_features]
+    return per_group.repeat_interleave(fmt.group_size or in_features, dim=1)[:, :in_features]
+
+
+def signed(codes: Tensor, zero_point: Tensor | None, fmt: Format) -> Tensor:
+    """``code - zero_point`` as int8, for uint8 codes and zero points (None: the format's offset)."""
+    if fmt.bits == 8:
+        return (codes ^ fmt.offset).view(torch.int8)
+    return codes.view(torch.int8) - (fmt.offset if zero_point is None else zero_point.view(torch.int8))
 
 
 def pack_codes(codes: Codes, fmt: Format) -> PackedWeight:

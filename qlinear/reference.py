@@ -18,7 +18,7 @@ def activations(x: Tensor, packed: PackedWeight) -> Tensor:
     """The activations in float64 as the format multiplies them: rounded to 127 levels per token in W8A8, else unchanged."""
     if not packed.format.integer_activations:
         return x.double()
-    # The scale is float32 by definition of the format; a product that falls on a half is rounded to even.
-    largest = x.float().abs().amax(-1, keepdim=True)
-    values = (x.float() * torch.where(largest > 0, 127 / largest, 0)).round()
+    # The scale is float32 by definition of the format; a quotient that falls on a half is rounded to even.
+    largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    values = (x.float() * (127 / largest)).round()
     return values.double() * (largest / 127).double()

@@ -54,8 +54,12 @@ class Undo:
         """Puts ``new`` at each dotted name in place of ``old``, a layer with a ``weight``."""
         weight = old.weight
         assert isinstance(weight, Tensor)
-        file = Path(self._folder.name) / str(len(self._replaced))
-        torch.save(weight.detach().cpu(), file)
+        # Layers that share a weight share its file, and share the weight again when they are put back.
+        file = next((e.file for e in self._replaced if e.weight() is weight), None)
+        if file is None:
+            file = Path(self._folder.name) / str(len(self._replaced))
+            # A copy, because torch.save writes the whole storage of a view: that of a file's every weight, perhaps.
+            torch.save(weight.detach().to("cpu", copy=True), file)
         shell = copy.copy(old)
         shell._parameters = {**old._parameters, "weight": None}
         entry = (names, shell, weakref.ref(old), weakref.ref(weight), file, weight.device, weight.requires_grad)
@@ -75,12 +79,15 @@ class Undo:
             setattr(self._model.get_submodule(parent), child, module)
 
     def _restore(self) -> None:
+        loaded: dict[Path, nn.Parameter] = {}
         for entry in self._replaced:
             module = entry.module()
             if module is None:
                 module, weight = entry.shell, entry.weight()
                 if weight is None:
-                    weight = nn.Parameter(torch.load(entry.file).to(entry.device), entry.requires_grad)
+                    if entry.file not in loaded:
+                        loaded[entry.file] = nn.Parameter(torch.load(entry.file).to(entry.device), entry.requires_grad)
+                    weight = loaded[entry.file]
                 module._parameters["weight"] = weight  # type: ignore[assignment]
             self._put(entry.names, module)
         for config in self._untied:

@@ -40,12 +40,12 @@ def random_packed(fmt: Format, n: int, k: int, dtype: torch.dtype = torch.bfloat
 
 def relative_error(y: Tensor, reference: Tensor) -> float:
     """``norm(y - reference) / norm(reference)`` in float64."""
-    return float((y.double() - reference).norm() / reference.norm())
+    return float((y.detach().double() - reference.detach()).norm() / reference.detach().norm())
 
 
 def bits(t: Tensor) -> Tensor:
     """A tensor's bytes, so that equality means the same bits (also for NaN and -0)."""
-    return t.detach().contiguous().view(-1).view(torch.uint8)
+    return torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()).view(-1).view(torch.uint8)
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:

@@ -13,6 +13,7 @@ from qlinear.bits import pack_bits
 from qlinear.layout import layout_of, native_layout
 
 FORMATS = qlinear.FORMATS.values()
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ASYMMETRIC = [f for f in FORMATS if not f.symmetric]
 
 
@@ -22,10 +23,10 @@ def assert_same_weight(a, b):
     assert same_bits(a.zero_point, b.zero_point)
 
 
-@pytest.mark.parametrize("n", [1, 5, 16, 70])
+@pytest.mark.parametrize("n", [1, 70])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_round_trip_is_exact(fmt, n):
-    for k, dtype in itertools.product((1, 31, 32, 100, 200, 576), (torch.bfloat16, torch.float16, torch.float32)):
+    for k, dtype in zip((1, 31, 32, 100, 200, 576), DTYPES * 2, strict=True):
         plain = random_packed(fmt, n, k, dtype, seed=k)
         for layout in ("triton", "cpu"):
             there = plain.to_layout(layout)
@@ -141,7 +142,7 @@ def test_int4_on_a_cpu_is_what_the_operator_reads(fmt, n, k):
 
 @pytest.mark.parametrize("fmt", ASYMMETRIC, ids=str)
 def test_every_zero_point_survives_every_scale(fmt):
-    """The operator keeps (8 - zero point) * scale only: all 16 zero points come back from it, at tiny and huge scales too."""
+    """The operator keeps (8 - zero point) * scale only: all 16 zero points come back, at tiny and huge scales too."""
     k = fmt.group_size or 64
     for exponent in (-126, -120, -60, -7, 0, 20, 100):
         plain = random_packed(fmt, 160, k)
@@ -158,7 +159,9 @@ def test_a_scale_of_zero_survives(fmt, layout):
     plain = random_packed(fmt, 70, 200)
     plain.scale[3] = 0
     plain.scale[40:, -1] = 0
-    assert_same_weight(plain.to_layout(layout).to_layout("plain"), plain)
+    there = plain.to_layout(layout)
+    assert_same_weight(there.to_layout("plain"), plain)
+    assert not there.dequantize(torch.float32)[3].any()
 
 
 def test_row_blocks_cover_every_row_once():
@@ -175,8 +178,8 @@ def test_cpu_layout_inverts_at_every_instruction_set(level):
     import torch, qlinear
     from models import random_packed, same_bits
     for fmt in qlinear.FORMATS.values():
-        for n in (1, 15, 16, 17, 40, 64, 70, 80, 144):
-            for k in (24, 100, 576):
+        for n in (1, 15, 17, 40, 64, 70, 144):
+            for k in (24, 200):
                 plain = random_packed(fmt, n, k, seed=n)
                 back = plain.to_layout("cpu").to_layout("plain")
                 assert same_bits(back.weight, plain.weight), (fmt, n, k)
@@ -184,5 +187,5 @@ def test_cpu_layout_inverts_at_every_instruction_set(level):
                 assert same_bits(back.zero_point, plain.zero_point), (fmt, n, k)
     print(torch.backends.cpu.get_cpu_capability())
     """
-    shown = run_python(code, ATEN_CPU_CAPABILITY=level).strip()
+    shown = run_python(code, ATEN_CPU_CAPABILITY=level, OMP_NUM_THREADS="1").strip()
     assert shown.lower() == level

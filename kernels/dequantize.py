@@ -1,0 +1,83 @@
+# mypy: disable-error-code="no-untyped-def,assignment"
+"""Prepared weights back to a dense matrix, for the vendor's matmul where there are many tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlinear.format import BLOCK_K, TILE_N, Format
+from qlinear.kernels.decode import DECODERS
+from qlinear.kernels.matmul import check_weight
+from qlinear.kernels.runtime import device_guard, target_of
+from qlinear.kernels.tiles import concat, decode_block, load_scales, padded_rows, scale_planes
+
+if TYPE_CHECKING:
+    from qlinear.pack import PackedWeight
+
+
+@triton.jit
+def _dequantize_kernel(
+    w_ptr, scale_ptr, y_ptr, N, K,
+    DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """y[n, k] = (code[n, k] - zero[n, k // GROUP]) * scale[n, k // GROUP], in float32 and rounded once to y's dtype.
+
+    w, scale: prepared layout (see tiles.py). y: [N, K] contiguous.
+    """
+    COUNT: tl.constexpr = 1 if GROUP is None else 128 // GROUP
+    SLICES: tl.constexpr = PLANES if PLANES >= COUNT else COUNT
+    PARTS: tl.constexpr = 2 if OFFSET is None else 1
+    blocks = tl.cdiv(K, 128)
+    pid_n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    w_ptrs = w_ptr + (padded_rows(pid_n, blocks, N, ROWS) + block * 64)[:, None] * (128 // PLANES)
+    w_ptrs += tl.arange(0, 128 // SLICES)[None, :]
+    if GROUP is None:
+        s_ptrs = scale_ptr + padded_rows(pid_n, 1, N, ROWS) * PARTS
+    else:
+        s_ptrs = scale_ptr + (padded_rows(pid_n, blocks * COUNT, N, ROWS) + block * (COUNT * 64)) * PARTS
+    scales = load_scales(s_ptrs, COUNT, OFFSET, tl.float32)
+    planes = decode_block(w_ptrs, scales, DECODE, PLANES, COUNT, OFFSET, False, tl.float32)
+    planes = scale_planes(planes, scales, SLICES, COUNT, tl.float32)
+    offs_n = pid_n * ROWS + tl.arange(0, ROWS)
+    offs_k = block * 128 + tl.arange(0, 128)
+    y_ptrs = y_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    y = concat(planes, 0, SLICES).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptrs, y, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :])
+
+
+def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The dense weight ``[N, K]``, the same bits as ``packed.dequantize(dtype)``.
+
+    Raises:
+        ValueError: the weight is not in the ``triton`` layout.
+    """
+    if packed.layout != "triton":
+        raise ValueError(f"the kernels read the layout 'triton', got {packed.layout!r}; use to_layout('triton')")
+    return dequantize_tensors(
+        packed.weight, packed.scale, packed.format, packed.out_features, packed.in_features, dtype
+    )
+
+
+def dequantize_tensors(
+    weight: Tensor, scale: Tensor, fmt: Format, out_features: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """:func:`dequantize` on the bare tensors of the ``triton`` layout."""
+    check_weight(weight, scale, fmt, out_features, in_features)
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"a dense weight is float16, bfloat16 or float32, got {dtype}")
+    decoder = DECODERS[fmt.packing]
+    # The interpreter truncates to bfloat16 where it should round.
+    stored = torch.float32 if target_of(weight.device).interpreted else dtype
+    y = torch.empty(out_features, in_features, dtype=stored, device=weight.device)
+    with device_guard(weight.device):
+        _dequantize_kernel[(triton.cdiv(out_features, TILE_N) * triton.cdiv(in_features, BLOCK_K),)](
+            weight, scale, y, out_features, in_features,
+            DECODE=decoder.function, PLANES=decoder.planes, GROUP=fmt.group_size,
+            OFFSET=fmt.offset if fmt.symmetric else None, ROWS=TILE_N,
+        )  # fmt: skip
+    return y.to(dtype)

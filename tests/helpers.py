@@ -1,0 +1,53 @@
+"""Weights, inputs and the float64 truth that kernel tests compare with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qlinear.format import Format
+from qlinear.pack import PackedWeight, dequantize_codes, pack, pack_codes
+from qlinear.quantize import Codes
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def dtype_id(dtype: object) -> str:
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))  # type: ignore[call-overload]
+
+
+def to_device(packed: PackedWeight, device: torch.device) -> PackedWeight:
+    zero = None if packed.zero_point is None else packed.zero_point.to(device)
+    return replace(packed, weight=packed.weight.to(device), scale=packed.scale.to(device), zero_point=zero)
+
+
+def random_weight(fmt: Format, n: int, k: int, dtype: torch.dtype, device: torch.device) -> PackedWeight:
+    """A weight ``[n, k]`` in the layout of the kernels, quantized from random numbers of ``dtype``."""
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return to_device(pack(weight, fmt.name, layout="triton"), device)
+
+
+def coded_weight(fmt: Format, n: int, k: int, scale: Tensor, device: torch.device) -> PackedWeight:
+    """A weight with every code in every group's reach, and the scale that is given (broadcast to ``[n, groups]``)."""
+    codes = (torch.arange(n * k) * 7 % (fmt.max_code + 1)).view(n, k).to(torch.uint8)
+    groups = fmt.groups(k)
+    zero = None if fmt.symmetric else (torch.arange(n * groups) % (fmt.max_code + 1)).view(n, groups).to(torch.uint8)
+    packed = pack_codes(Codes(codes, scale.expand(n, groups).contiguous(), zero), fmt)
+    return to_device(packed.to_layout("triton"), device)
+
+
+def random_tokens(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+
+
+def weight64(packed: PackedWeight) -> Tensor:
+    """The weight the packed tensors stand for, in float64."""
+    codes, scale, zero = packed.codes()
+    return dequantize_codes(codes, scale, zero, packed.format, torch.float64)
+
+
+def error(y: Tensor, reference: Tensor) -> float:
+    """``norm(y - reference) / norm(reference)``."""
+    return float((y.double() - reference).norm() / reference.norm())

@@ -1,0 +1,91 @@
+"""The configurations, as the pure function they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlinear.format import FORMATS
+from qlinear.kernels.configs import M_BUCKETS, choose_config, shipped_configs
+from qlinear.kernels.runtime import MAX_SPLIT_TILES
+
+CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), "gfx942", "gfx1100"]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+NUM_SMS = {(8, 0): 108, (9, 0): 132, (10, 0): 148, "gfx942": 304}
+
+problems = {
+    "m": st.integers(1, 1_000_000),
+    "n": st.integers(1, 300_000),
+    "k": st.integers(1, 60_000),
+    "fmt": st.sampled_from(list(FORMATS.values())),
+    "dtype": st.sampled_from(DTYPES),
+    "capability": st.sampled_from(CAPABILITIES),
+}
+
+
+@settings(deadline=None, max_examples=300)
+@given(**problems)
+def test_every_problem_has_a_configuration_that_fits(m, n, k, fmt, dtype, capability):
+    sms = NUM_SMS.get(capability, 64)
+    config = choose_config(m, n, k, fmt, dtype, capability, sms)
+    assert config.block_n % 64 == 0
+    blocks = -(-k // 128)
+    per_program = -(-blocks // config.split_k)
+    assert (config.split_k - 1) * per_program < blocks, "a program without work"
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    assert tiles * config.split_k < 2**31, "the grid's first axis"
+    if config.split_k > 1:
+        assert per_program >= 4
+        assert tiles <= MAX_SPLIT_TILES
+        assert m <= M_BUCKETS[-1]
+
+
+@settings(deadline=None, max_examples=200)
+@given(**problems)
+def test_what_is_chosen_is_what_ships(m, n, k, fmt, dtype, capability):
+    config = choose_config(m, n, k, fmt, dtype, capability, NUM_SMS.get(capability, 64))
+    compiled = [
+        (c.block_m, c.block_n, c.num_warps, c.num_stages, c.split_k > 1)
+        for c in shipped_configs(fmt, dtype, capability)
+    ]
+    assert len(set(compiled)) == len(compiled)
+    assert (config.block_m, config.block_n, config.num_warps, config.num_stages, config.split_k > 1) in compiled
+
+
+@pytest.mark.parametrize("bucket", M_BUCKETS)
+def test_the_configuration_depends_on_the_bucket_of_m_alone(bucket):
+    below = max((b for b in M_BUCKETS if b < bucket), default=0)
+    configs = {
+        choose_config(m, 4096, 4096, FORMATS["w4a16"], torch.float16, (9, 0), 132) for m in range(below + 1, bucket + 1)
+    }
+    assert len(configs) == 1
+
+
+@pytest.mark.parametrize("m", [1, 16])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192)])
+def test_a_few_tokens_fill_an_h100(m, n, k):
+    config = choose_config(m, n, k, FORMATS["w4a16"], torch.bfloat16, (9, 0), 132)
+    programs = -(-n // config.block_n) * config.split_k
+    # As many as there are multiprocessors, or every tile of 128 rows in parts of 4 blocks.
+    assert programs >= min(128, n // 128 * (k // 128 // 4))
+
+
+def test_scales_go_where_the_tile_is_smaller():
+    config = {m: choose_config(m, 4096, 4096, FORMATS["w4a16"], torch.float16, (9, 0), 132) for m in (1, 64, 128)}
+    assert [config[m].scales_weight(FORMATS["w4a16"]) for m in (1, 64, 128)] == [False, False, True]
+    assert [config[m].scales_weight(FORMATS["w4a16-g32"]) for m in (1, 64)] == [False, True]
+    assert not config[128].scales_weight(FORMATS["w4a16-channel"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "limit"), [((8, 0), 163), ((8, 6), 99), ((9, 0), 227), ((10, 0), 227), ("gfx942", 64)], ids=str
+)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_buffers_fit_shared_memory(fmt, capability, limit):
+    for dtype in DTYPES:
+        for config in shipped_configs(fmt, dtype, capability):
+            weight = config.block_n * 128 * fmt.bits // 8
+            tokens = config.block_m * 128 * (1 if fmt.integer_activations else dtype.itemsize)
+            assert (config.num_stages - 1) * (weight + tokens) <= limit << 10

@@ -1,0 +1,108 @@
+"""W8A8: quantized tokens, exact integer products, and what the two make together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import DTYPES, dtype_id, error, random_tokens, random_weight, weight64
+
+from qlinear.format import FORMATS
+from qlinear.kernels import int8
+from qlinear.kernels.configs import Config
+from qlinear.kernels.int8 import int8_linear_tensors, quantize_activations
+from qlinear.kernels.matmul import matmul
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+W8A8 = FORMATS["w8a8"]
+TILE = Config(block_m=16, block_n=64, num_warps=4, num_stages=2)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+
+
+@every_dtype
+@pytest.mark.parametrize(("m", "k"), [(1, 128), (5, 200), (3, 1)])
+def test_tokens_are_rounded_to_the_nearest_of_127_levels(m, k, dtype, device):
+    x = random_tokens(m, k, dtype, device)
+    q, scale = quantize_activations(x)
+    largest = x.float().abs().amax(1, keepdim=True)
+    assert q.dtype == torch.int8
+    assert torch.equal(scale, (largest / 127).squeeze(1))
+    assert torch.equal(q, (x.float() * (127 / largest)).round().to(torch.int8))
+
+
+def test_rows_longer_than_a_block(device, monkeypatch):
+    x = random_tokens(3, 300, torch.float16, device)
+    whole = quantize_activations(x)
+    monkeypatch.setattr(int8, "_MAX_BLOCK", 128)
+    parts = quantize_activations(x)
+    assert torch.equal(whole[0], parts[0])
+    assert torch.equal(whole[1], parts[1])
+
+
+def test_ties_round_to_even(device):
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127.0]], device=device)
+    assert quantize_activations(x)[0].tolist() == [[127, 0, 2, 2, 0, -2, -2, -127]]
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x.t().contiguous().t(), lambda x: x[::2]], ids=["transposed", "every-other-row"]
+)
+def test_strides_of_x(view, device):
+    x = view(random_tokens(4, 200, torch.float16, device))
+    assert torch.equal(quantize_activations(x)[0], quantize_activations(x.contiguous())[0])
+
+
+@pytest.mark.parametrize("config", [TILE, replace(TILE, split_k=3), None], ids=["whole", "split", "chosen"])
+@pytest.mark.parametrize(("m", "k"), [(1, 576), (16, 128), (33, 200)])
+def test_integer_products_are_exact(m, k, config, device):
+    """float32 in, so that only the two scales are rounded: the int32 sums come back to the last unit."""
+    packed = random_weight(W8A8, 70, k, torch.float32, device)
+    packed = replace(packed, scale=torch.ones_like(packed.scale))
+    x = torch.randint(-127, 128, (m, k), generator=torch.Generator().manual_seed(3)).float()
+    x[:, 0] = 127
+    y = matmul(x.to(device), packed, config=config)
+    assert torch.equal(y.double().cpu(), x.double() @ weight64(packed).t().cpu())
+
+
+@every_dtype
+def test_against_float64_on_the_quantized_tokens(dtype, device):
+    packed = random_weight(W8A8, 70, 200, torch.float16, device)
+    x = random_tokens(5, 200, dtype, device)
+    bias = torch.linspace(-3, 3, 70, device=device).to(dtype)
+    q, scale = quantize_activations(x)
+    reference = (q.double() @ weight64(packed).t()) * scale.double()[:, None] + bias.double()
+    assert error(matmul(x, packed, bias), reference) <= W8A8.max_error(dtype)
+
+
+def test_split_k_is_deterministic(device):
+    packed = random_weight(W8A8, 70, 576, torch.float16, device)
+    x = random_tokens(5, 576, torch.float16, device)
+    assert torch.equal(matmul(x, packed, config=replace(TILE, split_k=5)), matmul(x, packed, config=TILE))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@every_dtype
+def test_zero_and_non_finite_tokens_touch_no_other(dtype, device):
+    packed = random_weight(W8A8, 70, 200, torch.float16, device)
+    x = random_tokens(5, 200, dtype, device)
+    clean = matmul(x, packed)
+    x[1], x[2, 7], x[3, 9] = 0, float("nan"), -float("inf")
+    y = matmul(x, packed)
+    assert torch.equal(y[[0, 4]], clean[[0, 4]])
+    assert not y[1].any()
+    assert not torch.isfinite(y[2:4]).any()
+
+
+def test_no_tokens(device):
+    packed = random_weight(W8A8, 70, 200, torch.float16, device)
+    assert matmul(torch.zeros(0, 200, device=device), packed).shape == (0, 70)
+
+
+def test_too_many_in_features_for_int32(device):
+    k = int8.MAX_IN_FEATURES + 128
+    weight = torch.zeros(1, k // 128, 64, 128, dtype=torch.int8, device=device)
+    scale = torch.ones(1, 1, 64, device=device)
+    with pytest.raises(ValueError, match=f"in_features is {k}"):
+        int8_linear_tensors(torch.zeros(1, k, device=device), weight, scale, W8A8, 64)

@@ -1,0 +1,123 @@
+"""The inline PTX that ships, run by tests/ptx.py over every 16-bit word, against the codes and the plain twin."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from ptx import evaluate, inline_ptx
+
+from qlinear.kernels.decode import DECODERS
+from qlinear.layout import unpack_planes
+
+CASES = [(name, ptx) for name, decoder in DECODERS.items() for ptx in inline_ptx(decoder.function)]
+
+WORDS = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+
+
+def registers(words: torch.Tensor) -> np.ndarray:
+    """Pairs of 16-bit words as the compiler packs them: the first in the lower half."""
+    return words.numpy().view(np.uint16).copy().view(np.uint32)
+
+
+def numbers(register: np.ndarray, dtype: str) -> torch.Tensor:
+    return torch.from_numpy(register.copy().view(np.int16)).view(getattr(torch, dtype)).float()
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["low", "high"])
+@pytest.mark.parametrize(("packing", "ptx"), CASES, ids=[f"{name}-{ptx.dtype}" for name, ptx in CASES])
+def test_inline_ptx_holds_the_code(packing, ptx, reverse):
+    """Every output, less what the decoder subtracts afterwards, is the code: in both halves of a register."""
+    words = WORDS.flip(0) if reverse else WORDS
+    outputs = [numbers(r, ptx.dtype) for r in evaluate(ptx.text, ptx.constraints, registers(words))]
+    codes = unpack_planes(words.unsqueeze(-1), 16 // DECODERS[packing].planes).squeeze(-1).t().float()
+    if (packing, ptx.dtype) == ("planar4", "float16"):
+        planes = [outputs[0] - 1024, outputs[1] / 16 - 64, outputs[2] - 1024, outputs[3] / 16 - 64]
+    elif (packing, ptx.dtype) == ("planar4", "bfloat16"):
+        planes = [output - 128 for output in outputs]
+    elif (packing, ptx.dtype) == ("planar8", "float16"):
+        planes = [output - 1024 for output in outputs]
+    else:
+        # Two terms of bfloat16 whose sum is the code less 128, exact as a bfloat16 too.
+        sums = [outputs[0] + outputs[1], outputs[2] + outputs[3]]
+        assert all(torch.equal(s, s.bfloat16().float()) for s in sums)
+        planes = [s + 128 for s in sums]
+    assert torch.equal(torch.stack(planes), codes)
+
+
+def test_every_packing_with_ptx_has_both_dtypes():
+    assert {(name, ptx.dtype) for name, ptx in CASES} == {
+        (packing, dtype) for packing in ("planar4", "planar8") for dtype in ("float16", "bfloat16")
+    }
+
+
+@triton.jit
+def _decode_kernel(
+    w_ptr,
+    y_ptr,
+    SIZE: tl.constexpr,
+    DECODE: tl.constexpr,
+    PLANES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Plane j of every word, less OFFSET, to y[j]."""
+    offs = tl.arange(0, SIZE)
+    zeros = ()
+    for _ in tl.static_range(PLANES):
+        zeros += (OFFSET,)
+    planes = DECODE(tl.load(w_ptr + offs), zeros, PTX, y_ptr.dtype.element_ty)
+    for j in tl.static_range(PLANES):
+        tl.store(y_ptr + j * SIZE + offs, planes[j])
+
+
+def _decode(packing: str, device: torch.device, dtype: torch.dtype, offset: int, ptx: bool) -> torch.Tensor:
+    decoder = DECODERS[packing]
+    y = torch.full((decoder.planes, WORDS.numel()), float("nan"), dtype=dtype, device=device)
+    _decode_kernel[(1,)](WORDS.to(device), y, WORDS.numel(), decoder.function, decoder.planes, offset, ptx)
+    return y.cpu()
+
+
+@pytest.mark.parametrize(("packing", "offset"), [("planar4", 8), ("planar4", 0), ("planar4", 15), ("planar8", 128)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_plain_twin_decodes_every_word(packing, offset, dtype, device):
+    codes = unpack_planes(WORDS.unsqueeze(-1), 16 // DECODERS[packing].planes).squeeze(-1).t()
+    assert torch.equal(_decode(packing, device, dtype, offset, ptx=False), codes.to(dtype) - offset)
+
+
+@pytest.mark.parametrize(("packing", "offset"), [("planar4", 8), ("planar4", 0), ("planar4", 15), ("planar8", 128)])
+def test_ptx_decoder_equals_its_twin(packing, offset, device, monkeypatch):
+    """The whole decoder in fp16: inline PTX is evaluated by tests/ptx.py, or by the GPU where there is one."""
+    if device.type == "cpu":
+        _interpret_inline_ptx(monkeypatch)
+    twin = _decode(packing, device, torch.float16, offset, ptx=False)
+    assert torch.equal(_decode(packing, device, torch.float16, offset, ptx=torch.version.hip is None), twin)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("packing", "offset"), [("planar4", 8), ("planar4", 0), ("planar8", 128)])
+def test_ptx_decoder_equals_its_twin_in_bf16(packing, offset, device):
+    twin = _decode(packing, device, torch.bfloat16, offset, ptx=False)
+    assert torch.equal(_decode(packing, device, torch.bfloat16, offset, ptx=torch.version.hip is None), twin)
+
+
+def _interpret_inline_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    class Results:
+        def __init__(self, handles: list[object]) -> None:
+            self.handles = handles
+
+        def get_result(self, index: int) -> object:
+            return self.handles[index]
+
+    def create_inline_asm(self, text, constraints, values, types, is_pure, pack):
+        assert pack == 2
+        words = values[0].data
+        outputs = evaluate(text, constraints, words.reshape(-1).view(np.uint32))
+        halves = [output.view(np.float16).reshape(words.shape) for output in outputs]
+        return Results([interpreter.TensorHandle(half, tl.float16) for half in halves])
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
