@@ -1,4 +1,4 @@
-"""``python -m bench``: what can be measured on this machine. Versions and commit come first, correctness before any number."""
+"""``python -m bench``: what can be measured here. Versions and commit come first, correctness before any number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 from qlinear.doctor import diagnose, versions
 
-_JSON = click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the rows here.")
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_JSON = click.option("--json", "path", type=_FILE, help="Also write the rows here.")
 
 
 @click.group()
@@ -40,10 +41,10 @@ def linear(seconds: float, rounds: int, path: Path | None) -> None:
 def decode(rounds: int, tokens: int, nf4: bool, path: Path | None) -> None:
     """Greedy decoding of SmolLM2-135M at batch 1 in bfloat16 on the CPU, against float and bitsandbytes' nf4."""
     from bench.decode import measure, show
-    from qlinear.demo.source import load_any
+    from qlinear.demo.source import find_model, load_model
 
-    model, tokenizer = load_any(None, "bfloat16", "cpu")
-    rates = measure(model, tokenizer, rounds, tokens, nf4)
+    model, _ = load_model(find_model(), torch.bfloat16)
+    rates = measure(model, rounds, tokens, nf4)
     _report(show(rates), {"tokens_per_second": rates}, path)
 
 

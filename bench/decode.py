@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,14 +14,14 @@ from qlinear.tables import table
 SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g32-asym")
 
 
-def measure(model: nn.Module, tokenizer: Any, rounds: int, tokens: int, nf4: bool) -> dict[str, float]:
+def measure(model: nn.Module, rounds: int, tokens: int, nf4: bool) -> dict[str, float]:
     """Median tokens per second by name; the lm_head is the same bfloat16 layer everywhere."""
     models = {"float": model}
     for scheme in SCHEMES:
         models[scheme] = qlinear.convert(copy.deepcopy(model), {"lm_head": None, "*": scheme}).eval()
     if nf4:
         models["bitsandbytes nf4"] = to_nf4(copy.deepcopy(model)).eval()
-    rates = decode_rate(models, tokenizer, rounds=rounds, tokens=tokens)
+    rates = decode_rate(models, rounds, tokens, progress="decoding, in turns")
     if nf4:
         assert_packed(models["bitsandbytes nf4"])
     return rates
@@ -44,7 +43,7 @@ def to_nf4(model: nn.Module) -> nn.Module:
 
 
 def assert_packed(model: nn.Module) -> None:
-    """Raises unless every 4-bit layer ran bitsandbytes' packed CPU path; its slow path would make a flattering baseline."""
+    """Raises unless every 4-bit layer ran bitsandbytes' packed CPU path: its slow path would be too easy a baseline."""
     import bitsandbytes as bnb
 
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, float]:
-    """Median seconds per call of each side; in each round every side runs in turn, for about ``seconds / rounds`` each."""
+    """Median seconds per call of each side; in each round every side runs in turn, ``seconds / rounds`` or so each."""
     calls = {}
     for name, call in sides.items():
         call()

@@ -1,7 +1,7 @@
-"""qlinear: small, fast linear layers for PyTorch. ``qlinear.convert(model, "w4a16")`` swaps those of a model in place."""
+"""qlinear: small, fast linear layers for PyTorch: ``qlinear.convert(model, "w4a16")`` swaps a model's in place."""
 
 from qlinear.checkpoint import load, save
-from qlinear.convert import convert, prepare
+from qlinear.convert import convert, prepare, unprepare
 from qlinear.format import FORMATS, Format, Scheme
 from qlinear.inspect import Inspection, inspect
 from qlinear.linear import QLinear
@@ -24,5 +24,6 @@ __all__ = [
     "pack",
     "prepare",
     "save",
+    "unprepare",
     "validate",
 ]

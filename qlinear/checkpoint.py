@@ -1,7 +1,8 @@
 """``save`` and ``load``: a converted model as a Hugging Face folder.
 
-``model.safetensors`` holds every tensor in the plain, hardware-independent layout; ``config.json`` is the model's own, with the
-schemes under ``quantization_config``; tokenizer files are carried along. The folder is written beside its place and moved in.
+``model.safetensors`` holds every tensor in the plain, hardware-independent layout; ``config.json`` is the model's own,
+with the schemes under ``quantization_config``; tokenizer files are carried along. The folder is written beside its place
+and moved in.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlinear.convert import candidates
-from qlinear.linear import QLinear
+from qlinear.linear import QLinear, float_shape
 
 #: Of ``quantization_config``; a loader refuses a newer one.
 FORMAT_VERSION = 1
@@ -28,18 +29,21 @@ WEIGHTS = "model.safetensors"
 
 #: What a Hugging Face folder holds beside weights and config: tokenizer, generation and preprocessing files.
 _COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "image_processor*", "LICENSE*", "README.md",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+    "chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "image_processor*", "LICENSE*", "README.md",
 )  # fmt: skip
 
 
-def save(model: nn.Module, folder: str | Path, *, companions: str | Path | None = None, overwrite: bool = False) -> Path:
+def save(
+    model: nn.Module, folder: str | Path, *, companions: str | Path | None = None, overwrite: bool = False
+) -> Path:
     """Writes a converted model to ``folder``.
 
     Args:
         model: a model that :func:`qlinear.convert` converted; a Hugging Face model or any ``nn.Module``.
         folder: must not exist or be empty, unless ``overwrite``; then it is replaced as a whole.
-        companions: a folder whose tokenizer and similar files are copied; None takes the folder the model was loaded from.
+        companions: a folder whose tokenizer and similar files are copied; None is the folder the model came from.
 
     Raises:
         ValueError: the model has no quantized layer, or a parameter has no data (``meta``).
@@ -64,20 +68,18 @@ def save(model: nn.Module, folder: str | Path, *, companions: str | Path | None 
     return target
 
 
-def load(
-    folder: str | Path, *, model: nn.Module | None = None, device: str | torch.device | None = None
-) -> nn.Module:
+def load(folder: str | Path, *, model: nn.Module | None = None, device: str | torch.device | None = None) -> nn.Module:
     """Loads what :func:`save` wrote: the same tensors, bit for bit, prepared for the device.
 
     Args:
         folder: a folder that :func:`save` wrote.
-        model: the float model's structure (its weights are not read, and may be on ``meta``); None builds the Hugging Face
-            class that ``config.json`` names.
+        model: the float model's structure (its weights are not read, and may be on ``meta``); None builds the
+            Hugging Face class that ``config.json`` names.
         device: where to put the model; None is the CPU.
 
     Raises:
         FileNotFoundError: no such folder, or no checkpoint in it.
-        ValueError: not written by qlinear, by a newer version, or it does not fit the model; the message names the tensors.
+        ValueError: not written by qlinear, by a newer version, or it does not fit the model, by the tensors' names.
     """
     folder = Path(folder)
     for name in ("config.json", WEIGHTS):
@@ -94,11 +96,13 @@ def load(
     result = model.load_state_dict(state, strict=False, assign=True)
     missing = [name for name in result.missing_keys if name not in quantization["tied"]]
     if missing or result.unexpected_keys:
-        raise ValueError(f"{folder} does not fit the model: missing {missing[:5]}, unexpected {result.unexpected_keys[:5]}")
+        unexpected = result.unexpected_keys[:5]
+        raise ValueError(f"{folder} does not fit the model: missing {missing[:5]}, unexpected {unexpected}")
     for name, buffer in _computed_buffers(model):
         buffer.data = buffer.to(getattr(torch, quantization["computed_buffers"].get(name, _dtype_name(buffer.dtype))))
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
     if device is not None:
         model.to(device)
     for module in model.modules():
@@ -125,10 +129,10 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _config(model: nn.Module, layers: dict[str, QLinear], tied: dict[str, str]) -> dict[str, Any]:
-    own = getattr(model, "config", None)
-    config: dict[str, Any] = json.loads(own.to_json_string(use_diff=False)) if hasattr(own, "to_json_string") else {}
+    config: dict[str, Any] = {}
+    own: Any = getattr(model, "config", None)
     if hasattr(own, "to_json_string"):
-        config["architectures"] = [type(model).__name__]
+        config = json.loads(own.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     first = next(iter(layers.values()))
     config["quantization_config"] = {
         "quant_method": "qlinear",
@@ -174,10 +178,11 @@ def _build(config: dict[str, Any], folder: Path) -> nn.Module:
         import transformers
         from accelerate import init_empty_weights
     except ImportError as error:
-        raise ImportError(f"building the model needs transformers and accelerate: pip install 'qlinear[demo]' ({error})") from error
+        raise ImportError(f"building the model takes pip install 'qlinear[demo]' ({error})") from error
     cls = getattr(transformers, architectures[0] or "", None)
     if cls is None:
-        raise ValueError(f"{folder}: transformers has no class {architectures[0]!r}; pass the model's structure as model=")
+        wanted = architectures[0]
+        raise ValueError(f"{folder}: transformers has no class {wanted!r}; pass the model's structure as model=")
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     with init_empty_weights(include_buffers=False):
         return cls(cls.config_class.from_dict(plain))  # type: ignore[no-any-return]
@@ -193,7 +198,7 @@ def _swap(model: nn.Module, quantization: dict[str, Any]) -> None:
         if name not in layers:
             raise ValueError(f"the checkpoint quantizes {name!r}, which is no linear layer of the model")
         old = layers[name].module
-        n, k = old.weight.shape if isinstance(old, nn.Linear) else reversed(old.weight.shape)  # type: ignore[union-attr, operator, misc]
+        n, k = float_shape(old)
         if id(old) not in made:
             made[id(old)] = QLinear(k, n, scheme, old.bias is not None, "meta", dtype, compute)
         for alias in layers[name].names:
@@ -216,7 +221,7 @@ def _copy_companions(source: Path | None, target: Path) -> None:
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target that takes its place when the block ends well, and vanishes when it does not."""
+    """A folder beside the target that takes its place when the block ends well, and vanishes when it does not."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield temporary

@@ -13,8 +13,11 @@ import click
 
 import qlinear
 
-_JSON = click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the result here.")
-_SCHEME_HELP = "A scheme for every linear layer, or PATTERN=SCHEME (repeatable, first match wins; SCHEME 'none' leaves a layer)."
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_JSON = click.option("--json", "json_path", type=_FILE, help="Also write the result here.")
+_SCHEME_HELP = (
+    "A scheme for every linear layer, or PATTERN=SCHEME (repeatable, first match wins; SCHEME 'none' leaves a layer)."
+)
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -48,7 +51,13 @@ def demo(model: str | None, no_download: bool, seed: int, json_path: Path | None
 @click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 @_JSON
 def convert(
-    source: str, target: Path, schemes: tuple[str, ...], dtype: str | None, device: str, overwrite: bool, json_path: Path | None
+    source: str,
+    target: Path,
+    schemes: tuple[str, ...],
+    dtype: str | None,
+    device: str,
+    overwrite: bool,
+    json_path: Path | None,
 ) -> None:
     """Quantizes the model SRC and writes it to the folder DST."""
     what = _what(schemes)
@@ -81,9 +90,15 @@ def inspect(model: str, json_path: Path | None) -> None:
 @click.argument("model")
 @click.option("--reference", metavar="MODEL", help="The float model; needed where MODEL is already converted.")
 @click.option("--scheme", "schemes", multiple=True, help=_SCHEME_HELP + " Needed where MODEL is float.")
-@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to run on (default: Python's own manual).")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text to run on (default: Python's own manual).",
+)
 @click.option("--tokens", default=1024, show_default=True, help="Tokens to run on.")
-@click.option("--bound", "bounds", multiple=True, metavar="METRIC=VALUE", help="A gate, for example kl=0.1 or top1_agreement=0.9.")
+@click.option(
+    "--bound", "bounds", multiple=True, metavar="METRIC=VALUE", help="A gate, for example kl=0.1 or top1_agreement=0.9."
+)
 @click.option("--dtype", type=click.Choice(_DTYPES), help="Load float models in this dtype (their own by default).")
 @_JSON
 def validate(
@@ -98,8 +113,8 @@ def validate(
 ) -> None:
     """Compares a converted MODEL with its float reference on real text, layer by layer and end to end.
 
-    Either MODEL was converted and --reference is the float model, or MODEL is float and --scheme says how to convert it.
-    Exit code 1 when a --bound does not hold.
+    Either MODEL was converted and --reference is the float model, or MODEL is float and --scheme says how to
+    convert it. Exit code 1 when a --bound does not hold.
     """
     from qlinear.demo.text import token_windows
 
@@ -115,7 +130,7 @@ def validate(
         quantized = first
     if tokenizer is None:
         raise ValueError(f"{reference or model} has no tokenizer: validate needs one to make tokens of text")
-    batches = [{"input_ids": ids} for ids in token_windows(tokenizer, text and text.read_text(), tokens)]
+    batches = [{"input_ids": ids} for ids in token_windows(tokenizer, text.read_text() if text else None, tokens)]
     report = qlinear.validate(quantized, original, batches)
     failures = report.failures(gates)
     click.echo(report)
@@ -129,7 +144,7 @@ def validate(
 @cli.command()
 @_JSON
 def doctor(json_path: Path | None) -> None:
-    """Versions, devices, and which path each scheme takes here and why; computes with each. Exit code 1 if one is wrong."""
+    """Versions, devices, and the path each scheme takes here and why. Exit code 1 if one computes wrongly."""
     from qlinear.doctor import diagnose
 
     diagnosis = diagnose()

@@ -43,23 +43,24 @@ class Candidate:
 def convert(
     model: nn.Module, what: What, *, compute_dtype: torch.dtype | None = None, progress: bool | None = None
 ) -> nn.Module:
-    """Swaps ``nn.Linear`` and Hugging Face ``Conv1D`` layers for :class:`~qlinear.QLinear`, in place, and returns the root.
+    """Swaps ``nn.Linear`` and Hugging Face ``Conv1D`` for :class:`~qlinear.QLinear`, in place; returns the root.
 
     Args:
         model: any module; when it is itself a linear layer, the new layer is returned.
         what: a scheme, or an ordered mapping from patterns to schemes. A pattern is a glob over the layer's dotted name
             (``"*.mlp.*"``) or a regular expression after ``re:`` that must match the whole name; the first that matches
-            wins, and None leaves the layer in float. A layer whose weight is tied to another module (an ``lm_head`` tied to
-            the embedding) is left alone unless a pattern is its exact name.
-        compute_dtype: compute in this dtype, whatever the input's: ``torch.bfloat16`` makes a float32 model fast on a CPU.
+            wins, and None leaves the layer in float. A layer whose weight is tied to another module (an ``lm_head``
+            tied to the embedding) is left alone unless a pattern is its exact name.
+        compute_dtype: compute in this dtype, whatever the input's: ``torch.bfloat16`` makes a float32 model fast on
+            a CPU.
         progress: a progress bar on standard error; None shows it where the work is long.
 
-    A module used twice is converted once. Peak extra memory is one layer: what is replaced is kept in a temporary file until
-    the end. Any failure leaves the model exactly as it was.
+    A module used twice is converted once. Peak extra memory is one layer: what is replaced is kept in a temporary
+    file until the end. Any failure leaves the model exactly as it was.
 
     Raises:
-        ValueError: unknown scheme, a pattern that matches no linear layer, nothing to convert, or a layer that was asked for
-            and cannot be converted; the message names the layer.
+        ValueError: unknown scheme, a pattern that matches no linear layer, nothing to convert, or a layer that was
+            asked for and cannot be converted; the message names the layer.
     """
     rules = _rules(what)
     chosen = [(c, scheme) for c, scheme in _choose(model, rules) if scheme is not None]
@@ -83,10 +84,18 @@ def convert(
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """Puts every quantized layer into the layout its device computes with, in place: after loading plain weights by hand."""
+    """Puts every quantized layer into the layout its device computes with: after loading plain weights by hand."""
     for module in model.modules():
         if isinstance(module, QLinear):
             module.prepare()
+    return model
+
+
+def unprepare(model: nn.Module) -> nn.Module:
+    """Puts every quantized layer back into the plain layout, bit for bit: before a library moves its buffers by hand."""
+    for module in model.modules():
+        if isinstance(module, QLinear):
+            module.unprepare()
     return model
 
 
@@ -149,7 +158,7 @@ def _matches(pattern: str | None, names: list[str]) -> bool:
 
 
 def _choose(model: nn.Module, rules: list[tuple[str | None, Scheme | None]]) -> list[tuple[Candidate, Scheme | None]]:
-    """The scheme of each linear layer, after checking that every pattern matches something and something is converted."""
+    """The scheme of each linear layer; every pattern matches something, and something is converted."""
     layers = candidates(model)
     for pattern, _ in rules:
         if not any(_matches(pattern, c.names) for c in layers):

@@ -1,10 +1,12 @@
 """The matmul on a CPU: PyTorch's packed operators where they win, tiled dequantize + ``F.linear`` elsewhere.
 
-:func:`path` is the dispatch table, measured (README, "On a CPU"): the packed operators stream each weight once per token, so
-they win for few tokens; above that the float product of a dequantized tile is cheaper.
+:func:`path` is the dispatch table, measured (README, "On a CPU"): the packed operators stream each weight once per
+token, so they win for few tokens; above that the float product of a dequantized tile is cheaper.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from qlinear.cpu_layout import from_plain, int4_tiles, row_blocks, zero_points
 from qlinear.format import Format
 from qlinear.layout import layout_of
 from qlinear.pack import expand_groups, scaled, signed
+
+_int4_mm: Callable[..., Tensor] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+_int8_mm: Callable[..., Tensor] = torch.ops.aten._weight_int8pack_mm.default
 
 #: Most tokens the packed operators are given; above it a dequantized tile is cheaper.
 INT4_TOKENS = 16
@@ -51,10 +56,10 @@ def matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, 
         return x.new_empty(0, n)
     if name == "aten::_weight_int4pack_mm_for_cpu":
         columns = weight.shape[1] * 2
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(_pad(x, columns), weight, columns // scale.shape[0], scale)
+        y = _int4_mm(_pad(x, columns), weight, columns // scale.shape[0], scale)
         return y if y.shape[1] == n else y[:, :n]
     if name == "aten::_weight_int8pack_mm":
-        return torch.ops.aten._weight_int8pack_mm(_pad(x, weight.shape[1]), weight, scale.view(-1).to(x.dtype))
+        return _int8_mm(_pad(x, weight.shape[1]), weight, scale.view(-1).to(x.dtype))
     if name == "aten::_int_mm":
         if weight.dtype == torch.int32:
             weight = from_plain((weight, scale, None), fmt, n, x.shape[1])[0]
@@ -71,7 +76,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A zero row has zero values. A row with NaN or infinity gets a scale that is not finite, and so does its output row.
     """
-    # One pass for the largest magnitude in float32; the floor keeps a zero row from dividing by zero, NaN passes through.
+    # One pass for the largest magnitude in float32; the floor keeps a zero row from dividing by zero, NaN passes
+    # through.
     largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True, dtype=torch.float32).clamp_(min=_SMALLEST)
     values = (x * (127 / largest)).round_()
     # Contiguous, because _int_mm reads one row with the strides of a transposed view from the wrong places.

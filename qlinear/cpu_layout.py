@@ -1,11 +1,11 @@
 """The ``cpu`` layout: what PyTorch's packed CPU operators read.
 
-- int4 (scales stored in bfloat16): ``weight`` uint8 as ``aten::_convert_weight_to_int4pack_for_cpu`` orders it, ``scale``
-  bfloat16 ``[K/g, N, 2]`` holding scale and ``(8 - zero_point) * scale`` as ``aten::_weight_int4pack_mm_for_cpu`` wants.
-  N is padded to a multiple of 16. A group that does not divide K becomes the largest smaller one that does, with repeated
-  scales; where none does, K is padded to a multiple of 32.
-- int4 with float16 or float32 scales (or a scale of zero beside a zero point): stays plain. The packed operator would round
-  the scales, and has no fast path there.
+- int4 (scales stored in bfloat16): ``weight`` uint8 as ``aten::_convert_weight_to_int4pack_for_cpu`` orders it,
+  ``scale`` bfloat16 ``[K/g, N, 2]`` holding scale and ``(8 - zero_point) * scale`` as
+  ``aten::_weight_int4pack_mm_for_cpu`` wants. N is padded to a multiple of 16. A group that does not divide K
+  becomes the largest smaller one that does, with repeated scales; where none does, K is padded to a multiple of 32.
+- int4 with float16 or float32 scales (or a scale of zero beside a zero point): stays plain. The packed operator
+  would round the scales, and has no fast path there.
 - int8: ``weight`` int8 ``[N, K]`` signed; for w8a16 K is padded to a multiple of 32, because
   ``aten::_weight_int8pack_mm`` reads past the end of a row in bfloat16 otherwise.
 
@@ -88,7 +88,7 @@ def _columns(packed: Tensor) -> int:
 
 
 def int4_tiles(packed: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The blocks of a packed int4 weight: (first row, codes uint8 ``[columns, rows]``), rows as :func:`row_blocks` orders them."""
+    """The blocks of a packed int4 weight: (first row, codes uint8 ``[columns, rows]``), in :func:`row_blocks` order."""
     flat, columns = packed.view(-1), _columns(packed)
     for start, order in row_blocks(packed.shape[0]):
         size = len(order)

@@ -1,4 +1,4 @@
-"""``qlinear doctor``: versions, devices, and the path each scheme takes on this machine, checked by computing with it."""
+"""``qlinear doctor``: versions, devices, and the path each scheme takes here, checked by computing with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Check:
-    """One scheme on one device in one dtype: its paths with the tokens each begins at, and the error against float64."""
+    """One scheme on one device in one dtype: its paths by the tokens each begins at, and its error against float64."""
 
     scheme: str
     device: str
@@ -102,7 +102,14 @@ def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:
     x = torch.randn(3, 576, generator=generator).to(dtype)
     packed = pack(weight.to(device), fmt.name)
     y = torch.ops.qlinear.linear(
-        x.to(device), packed.weight, packed.scale, packed.zero_point, None, fmt.name, packed.in_features, packed.out_features
+        x.to(device),
+        packed.weight,
+        packed.scale,
+        packed.zero_point,
+        None,
+        fmt.name,
+        packed.in_features,
+        packed.out_features,
     )
     wanted = reference.matmul(x, pack(weight, fmt.name, layout="plain"))
     error = ((y.cpu().double() - wanted).norm() / wanted.norm()).item()

@@ -1,6 +1,7 @@
 """Schemes (what a user asks for) and formats (how one weight is stored).
 
-Everything else reads the formats from here: packing, the reference, the kernels, the module, the benchmarks and the tests.
+Everything else reads the formats from here: packing, the reference, the kernels, the module, the benchmarks and the
+tests.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _GRAMMAR_TEXT = "w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>]"
 class Format:
     """How one weight ``[N, K]`` (out_features, in_features) is stored. Pure data; the properties follow from it.
 
-    A code is an unsigned integer of ``bits`` bits; its value is ``(code - zero_point) * scale``, where a symmetric format
-    has the constant zero point ``offset``. Scales (and zero points) belong to ``group_size`` neighbours along K, or to a
-    whole row where ``group_size`` is None. The last group of a row may be short.
+    A code is an unsigned integer of ``bits`` bits; its value is ``(code - zero_point) * scale``, where a symmetric
+    format has the constant zero point ``offset``. Scales (and zero points) belong to ``group_size`` neighbours
+    along K, or to a whole row where ``group_size`` is None. The last group of a row may be short.
     """
 
     name: str
@@ -111,7 +112,8 @@ class Scheme:
     """What a user asks for: weight and activation bits, granularity, symmetry, sparsity.
 
     The grammar is ``w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>]``; ``w4a16`` means group_size 128 and
-    ``w8a16`` one scale per output channel. ``str(Scheme.parse(s))`` is the canonical name, and parses to the same scheme.
+    ``w8a16`` one scale per output channel. ``str(Scheme.parse(s))`` is the canonical name, and parses to the same
+    scheme.
 
     Raises:
         ValueError: the scheme cannot be parsed or does not exist; the message lists those that do.

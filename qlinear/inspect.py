@@ -14,7 +14,7 @@ from qlinear.tables import human_bytes, table
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter (or one packed weight): bytes before is the float weight it was or is, bytes after what it holds now."""
+    """One parameter, or one packed weight: the bytes of the float weight it was or is, and those it holds now."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,8 +65,8 @@ class Inspection:
 def inspect(model: nn.Module) -> Inspection:
     """Lists every parameter of a model: its scheme and bytes before and after, or the reason it was left in float.
 
-    Parameters shared by several modules are listed once, under their first name. Packed weights count everything they hold
-    in memory: codes, scales, zero points and padding.
+    Parameters shared by several modules are listed once, under their first name. Packed weights count everything
+    they hold in memory: codes, scales, zero points and padding.
     """
     reasons = {
         id(c.module): c.obstacle or (f"tied to {c.tied_to}" if c.tied_to else "not asked for")

@@ -1,13 +1,17 @@
 """The layouts of one packed weight, and the exact conversions between them.
 
-``plain`` is what a checkpoint holds (:mod:`qlinear.bits`). ``triton`` is what the GPU kernels read: tiles of ``TILE_N`` rows by
-``BLOCK_K`` columns, each contiguous, N and K padded so that the hot loop needs no mask on weights:
+``plain`` is what a checkpoint holds (:mod:`qlinear.bits`). ``triton`` is what the GPU kernels read: tiles of
+``TILE_N`` rows by ``BLOCK_K`` columns, each contiguous, N and K padded so that the hot loop needs no mask on
+weights:
 
-- ``planar4``: int16 words ``[N/64, K/128, 64, 32]``; word ``i`` holds in nibble ``j`` the code of ``k = 128*block + 32*j + i``.
-- ``planar8``: int16 words ``[N/64, K/128, 64, 64]``; word ``i`` holds in byte ``j`` the code (value + 128) of ``k = 128*block + 64*j + i``.
+- ``planar4``: int16 words ``[N/64, K/128, 64, 32]``; word ``i`` holds in nibble ``j`` the code of ``k = 128*block +
+  32*j + i``.
+- ``planar8``: int16 words ``[N/64, K/128, 64, 64]``; word ``i`` holds in byte ``j`` the code (value + 128) of ``k =
+  128*block + 64*j + i``.
 - ``rows8``: int8 values ``[N/64, K/128, 64, 128]`` in natural order, for int8 x int8 products.
-- scales ``[N/64, G, 64]``, G counted on the padded K (1 per channel); where the format is asymmetric ``[N/64, G, 64, 2]`` holds
-  scale and zero point (exact in 16 bit), so that one 32-bit load brings both. Padded rows and groups have scale 0.
+- scales ``[N/64, G, 64]``, G counted on the padded K (1 per channel); where the format is asymmetric ``[N/64, G,
+  64, 2]`` holds scale and zero point (exact in 16 bit), so that one 32-bit load brings both. Padded rows and groups
+  have scale 0.
 
 ``cpu`` is what PyTorch's packed CPU operators read: :mod:`qlinear.cpu_layout`.
 """
@@ -67,7 +71,8 @@ def _padded(n: int, k: int) -> tuple[int, int]:
 def _to_triton(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     words, scale, zero = tensors
     rows, columns = _padded(n, k)
-    # A padded column multiplies a masked activation (0), so any finite weight is right there; `offset` makes it 0 as well.
+    # A padded column multiplies a masked activation (0), so any finite weight is right there; `offset` makes it 0
+    # as well.
     codes = _pad(unpack_bits(words, fmt.bits, k), rows, columns, fmt.offset)
     tiles = codes.view(rows // TILE_N, TILE_N, columns // BLOCK_K, BLOCK_K).transpose(1, 2)
     if fmt.packing == "rows8":

@@ -24,13 +24,21 @@ def is_conv1d(module: nn.Module) -> bool:
     return library is not None and isinstance(module, library.Conv1D)
 
 
+def float_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of an ``nn.Linear`` or ``Conv1D``."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    n, k = reversed(weight.shape) if is_conv1d(module) else weight.shape
+    return n, k
+
+
 class QLinear(nn.Module):
-    """A linear layer with packed weights: ``y = x @ W.T + bias`` for x ``[..., in_features]`` in float16, bfloat16 or float32.
+    """A linear layer with packed weights: ``y = x @ W.T + bias`` for x ``[..., in_features]``, 16-bit float or float32.
 
     Buffers carry the names and the plain layout of a checkpoint: ``weight_packed`` int32, ``weight_scale``,
-    ``weight_zero_point`` int32 (asymmetric schemes). :meth:`prepare` puts them into the layout this device computes with, in
-    place; ``state_dict``, pickling and ``deepcopy`` always go through plain, so no file holds one machine's private order.
-    ``to(dtype)`` changes the bias and never the codes or the stored scales.
+    ``weight_zero_point`` int32 (asymmetric schemes). :meth:`prepare` puts them into the layout this device computes
+    with, in place; ``state_dict``, pickling and ``deepcopy`` always go through plain, so no file holds one
+    machine's private order. ``to(dtype)`` changes the bias and never the codes or the stored scales.
 
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
@@ -112,6 +120,11 @@ class QLinear(nn.Module):
         )
 
     @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, computed anew at each use: for code that reads a linear layer's weight (T5 does)."""
+        return self.dequantize()
+
+    @property
     def layout(self) -> str:
         """``plain``, ``triton`` or ``cpu``: told by the tensor."""
         return layouts.layout_of(self.weight_packed)
@@ -141,9 +154,11 @@ class QLinear(nn.Module):
         return self.packed.dequantize(dtype or self.float_dtype)
 
     def prepare(self) -> QLinear:
-        """Puts the weight into the layout this device computes with; does nothing where it is there already, or on ``meta``."""
+        """Puts the weight into the layout this device computes with, unless it is there already or on ``meta``."""
         if not self.weight_packed.is_meta and self.layout == "plain":
             self._set(self.packed.to_layout())
+            if self.layout == "triton":
+                ops.reserve(self.weight_packed.device)
         return self
 
     def unprepare(self) -> QLinear:
@@ -165,7 +180,7 @@ class QLinear(nn.Module):
         dtype = self.weight_scale.dtype
         self.weight_scale = self.weight_scale.view(_integer(dtype))
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self.weight_scale = self.weight_scale.view(dtype)
         return self.prepare() if prepared else self
@@ -200,7 +215,7 @@ class QLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         prepared = state.pop("_was_prepared", False)
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if prepared:
             self.prepare()
 

@@ -1,14 +1,17 @@
 """``torch.ops.qlinear.*``: schema, shapes, CPU and CUDA implementations and autograd, registered once.
 
-Compile, export and CUDA graphs see one opaque call per layer. The scheme travels by name; the layout is told by the weight.
+Compile, export and CUDA graphs see one opaque call per layer. The scheme travels by name; the layout is told by the
+weight.
 
-- ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features)``: ``x @ W.T + bias`` for x ``[..., K]``.
+- ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features)``: ``x @ W.T + bias`` for x
+  ``[..., K]``.
 - ``dequantize(weight, scale, zero_point?, scheme, in_features, out_features, dtype)``: the float weight ``[N, K]``.
 - ``quantize_activations(x)``: int8 values ``[M, K]`` and float32 scales ``[M, 1]`` of x ``[M, K]``, per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +25,13 @@ from qlinear.pack import PackedWeight
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-#: Tokens from which a GPU dequantizes into scratch and uses the vendor's matmul: by count, not yet by measurement (at 8192x8192
-#: the extra pass over the weight costs as much as a 16-bit product of about 230 tokens).
+#: Tokens from which a GPU dequantizes into scratch and uses the vendor's matmul: by count, not yet by measurement
+#: (at 8192x8192 the extra pass over the weight costs as much as a 16-bit product of about 230 tokens).
 GPU_DEQUANTIZE_TOKENS = 256
 
 
 def path(fmt: Format, dtype: torch.dtype, tokens: int, device_type: str, layout: str) -> tuple[str, str]:
-    """How a product of ``tokens`` rows is computed on a device, and why: ``(name, reason)``. Printed by ``qlinear doctor``."""
+    """How a product of ``tokens`` rows is computed on a device, and why: ``(name, reason)``, for ``doctor``."""
     if device_type == "cpu":
         return cpu.path(fmt, dtype, tokens, layout)
     if layout != "triton":
@@ -142,7 +145,8 @@ def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
     from qlinear.kernels.int8 import quantize_activations
 
     values, scale = quantize_activations(x)
-    return values, scale.view(-1, 1)
+    # The kernel pads rows to blocks of 128; what the operator returns is contiguous, as its fake says.
+    return values.contiguous(), scale.view(-1, 1)
 
 
 def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +185,15 @@ def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("qlinear::linear", _input_gradient, setup_context=_remember, lib=_library)
 
-_linear_op = torch.ops.qlinear.linear.default
+_linear_op: Callable[..., Tensor] = torch.ops.qlinear.linear.default
+
+
+def reserve(device: torch.device) -> None:
+    """Allocates what a GPU's kernels keep between launches, so that nothing is allocated while a graph is captured."""
+    if device.type == "cuda":
+        from qlinear.kernels.runtime import reserve as reserve_counters
+
+        reserve_counters(device)
 
 
 def linear(

@@ -78,7 +78,7 @@ class PackedWeight:
 def dequantize_codes(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``(code - zero_point) * scale`` for uint8 codes ``[N, K]`` and scales ``[N, G]``: exact, then rounded to ``dtype`` once."""
+    """``(code - zero_point) * scale`` for uint8 codes ``[N, K]`` and scales ``[N, G]``, rounded to ``dtype`` once."""
     if zero_point is not None:
         zero_point = expand_groups(zero_point, fmt, codes.shape[1])
     return scaled(signed(codes, zero_point, fmt), scale, fmt, dtype)

@@ -9,13 +9,13 @@ from qlinear.pack import PackedWeight
 
 
 def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias`` in float64 for x ``[..., K]``; activations are quantized per token where the format says so."""
+    """``x @ W.T + bias`` in float64 for x ``[..., K]``; activations are quantized where the format says so."""
     y = activations(x, packed) @ packed.dequantize(torch.float64).t()
     return y if bias is None else y + bias.double()
 
 
 def activations(x: Tensor, packed: PackedWeight) -> Tensor:
-    """The activations in float64 as the format multiplies them: rounded to 127 levels per token in W8A8, else unchanged."""
+    """The activations as the format multiplies them, in float64: rounded to 127 levels per token in W8A8."""
     if not packed.format.integer_activations:
         return x.double()
     # The scale is float32 by definition of the format; a quotient that falls on a half is rounded to even.

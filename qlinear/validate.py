@@ -29,8 +29,8 @@ _BETTER_LARGER = {
 class LayerError:
     """The error of one layer's output on the activations the float model feeds it.
 
-    ``snr_db`` is ``10 log10(|y|^2 / |y - y_q|^2)``, ``relative_error`` ``|y - y_q| / |y|`` and ``max_error`` the largest
-    absolute difference, in the output's own units.
+    ``snr_db`` is ``10 log10(|y|^2 / |y - y_q|^2)``, ``relative_error`` ``|y - y_q| / |y|`` and ``max_error`` the
+    largest absolute difference, in the output's own units.
     """
 
     name: str
@@ -44,9 +44,9 @@ class LayerError:
 class Validation:
     """Errors per layer and end to end.
 
-    ``kl`` is the mean of KL(reference || quantized) over positions, in nats, and ``top1_agreement`` the share of positions
-    whose largest logit is the same; both are None where the model's output is not logits. ``output_relative_error`` compares
-    whatever the output is.
+    ``kl`` is the mean of KL(reference || quantized) over positions, in nats, and ``top1_agreement`` the share of
+    positions whose largest logit is the same; both are None where the model's output is not logits.
+    ``output_relative_error`` compares whatever the output is.
     """
 
     layers: list[LayerError]
@@ -144,8 +144,9 @@ def validate(
 ) -> Validation:
     """Compares a converted model with the float model it was made from.
 
-    Each quantized layer is fed the very activations its float twin gets in ``reference``, so that errors of earlier layers do
-    not mix in; end to end, both models run on their own. Modes are put to ``eval`` for the run and restored.
+    Each quantized layer is fed the very activations its float twin gets in ``reference``, so that errors of earlier
+    layers do not mix in; end to end, both models run on their own. Modes are put to ``eval`` for the run and
+    restored.
 
     Args:
         model: the converted model.
