@@ -1,4 +1,4 @@
-"""Compiles a kernel as it ships, for a target that need not be present: for the tests and the audit in ``bench``."""
+"""Compiles the kernels as they ship for a target that need not be present: for the tests and the audit in ``bench``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from qlinear.format import Format
+from qlinear.format import BLOCK_K, Format
 from qlinear.kernels.configs import Config
+from qlinear.kernels.dequantize import _dequantize_kernel
+from qlinear.kernels.dequantize import constexprs as dequantize_constexprs
+from qlinear.kernels.int8 import _quantize_kernel, quantize_options
 from qlinear.kernels.matmul import _matmul_kernel, constexprs
 from qlinear.kernels.runtime import Capability, Target
 
@@ -45,37 +48,68 @@ def compile_matmul(
     scale_dtype: torch.dtype | None = None,
     bias: bool = True,
     in_features: int = 4096,
+    row_stride: int | None = None,
 ) -> CompiledKernel:
-    """The matmul kernel for x and y in ``dtype``, as the launcher would compile it for rows aligned to 16 bytes."""
+    """The matmul kernel for x and y in ``dtype``, as the launcher would compile it for N = 4096.
+
+    Args:
+        row_stride: from one row of x to the next; None where x is contiguous.
+    """
     x_dtype = torch.int8 if fmt.integer_activations else dtype
     scale_dtype = scale_dtype or fmt.scale_dtype(dtype)
     pointers: dict[str, torch.dtype | None] = {
         "x_ptr": x_dtype,
-        "w_ptr": torch.int8 if fmt.packing == "rows8" else torch.int16,
+        "w_ptr": _word(fmt),
         "scale_ptr": scale_dtype,
         "x_scale_ptr": torch.float32 if fmt.integer_activations else None,
         "bias_ptr": dtype if bias else None,
         "y_ptr": dtype,
-        "partial_ptr": None if config.split_k == 1 else torch.int32 if fmt.integer_activations else torch.float32,
-        "counter_ptr": None if config.split_k == 1 else torch.int32,
+        "partial_ptr": torch.int32 if fmt.integer_activations else torch.float32,
+        "counter_ptr": torch.int32,
     }
     constants = constexprs(fmt, x_dtype, in_features, config, Target(capability, 132))
-    return compile_kernel(_matmul_kernel, pointers, constants, ("N", "K", "stride_xm"), config, capability)
+    integers = {"N": 4096, "K": in_features, "stride_xm": in_features if row_stride is None else row_stride}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return compile_kernel(_matmul_kernel, pointers, integers, constants, options, capability)
+
+
+def compile_quantize(dtype: torch.dtype, in_features: int, capability: Capability) -> CompiledKernel:
+    """The kernel that rounds contiguous x in ``dtype`` to int8."""
+    padded = -(-in_features // BLOCK_K) * BLOCK_K
+    pointers: dict[str, torch.dtype | None] = {"x_ptr": dtype, "q_ptr": torch.int8, "scale_ptr": torch.float32}
+    integers = {"K": in_features, "stride_xm": in_features, "stride_qm": padded}
+    constants, options = quantize_options(padded)
+    return compile_kernel(_quantize_kernel, pointers, integers, constants, options, capability)
+
+
+def compile_dequantize(
+    fmt: Format, dtype: torch.dtype, capability: Capability, *, scale_dtype: torch.dtype | None = None
+) -> CompiledKernel:
+    """The kernel that writes the dense weight in ``dtype``."""
+    scale_dtype = scale_dtype or fmt.scale_dtype(dtype)
+    pointers: dict[str, torch.dtype | None] = {"w_ptr": _word(fmt), "scale_ptr": scale_dtype, "y_ptr": dtype}
+    integers = {"N": 4096, "K": 4096}
+    return compile_kernel(_dequantize_kernel, pointers, integers, dequantize_constexprs(fmt), {}, capability)
+
+
+def _word(fmt: Format) -> torch.dtype:
+    return torch.int8 if fmt.packing == "rows8" else torch.int16
 
 
 def compile_kernel(
     kernel: Any,
     pointers: dict[str, torch.dtype | None],
+    integers: dict[str, int],
     constants: dict[str, Any],
-    aligned: tuple[str, ...],
-    config: Config,
+    options: dict[str, Any],
     capability: Capability,
 ) -> CompiledKernel:
     """Compiles a ``@triton.jit`` function without a device.
 
     Args:
-        pointers: the dtype behind every pointer; None for an argument that is None.
-        aligned: integer arguments that are multiples of 16, as pointers are.
+        pointers: the dtype behind every pointer, which is aligned to 16 bytes; None for an argument that is None.
+        integers: values of integer arguments: what is compiled knows only which are multiples of 16.
+        options: num_warps and such, where they are not Triton's own.
     """
     constants = constants | {name: None for name, dtype in pointers.items() if dtype is None}
     signature, attributes = {}, {}
@@ -85,16 +119,15 @@ def compile_kernel(
             continue
         dtype = pointers.get(name)
         signature[name] = "i32" if dtype is None else f"*{_NAMES[dtype]}"
-        if name in pointers or name in aligned:
+        if name in pointers or integers.get(name, 1) % 16 == 0:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return triton.compile(source, target=gpu_target(capability), options=options)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes and does, read from its machine code."""
+    """What a compiled kernel takes and does."""
 
     registers: int
     #: Bytes of local memory: registers that did not fit.
@@ -106,25 +139,29 @@ class Usage:
 
 
 def usage(compiled: CompiledKernel) -> Usage:
-    """Reads a kernel's resources and instructions with the tools inside the Triton package; no device is needed."""
+    """Reads a kernel's resources from its machine code; no device is needed.
+
+    NVIDIA's instructions are counted in the PTX: these are assembled one for one, and to disassemble a kernel takes
+    as long as to compile it.
+    """
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         fields = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
         return Usage(fields["vgpr_count"], fields["private_segment_fixed_size"], shared, text.count("v_mfma"), 0)
-    text = _cuobjdump(compiled.asm["cubin"], "-res-usage", "-sass")
+    text = cuobjdump(compiled.asm["cubin"], "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", text, re.MULTILINE)
-    matrix = sum(name in _TENSOR_CORE for name in instructions)
-    return Usage(int(found[1]), int(found[2]), shared, matrix, sum(name in _ASYNCHRONOUS for name in instructions))
+    ptx = compiled.asm["ptx"]
+    return Usage(int(found[1]), int(found[2]), shared, len(_TENSOR_CORE.findall(ptx)), len(_ASYNCHRONOUS.findall(ptx)))
 
 
-_TENSOR_CORE = {"HMMA", "IMMA", "HGMMA", "IGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA"}
-_ASYNCHRONOUS = {"LDGSTS", "UTMALDG", "UBLKCP"}
+_TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+_ASYNCHRONOUS = re.compile(r"\bcp\.async\.(?:c[ag]\.shared|bulk\S*\.shared)")
 
 
-def _cuobjdump(cubin: bytes, *options: str) -> str:
+def cuobjdump(cubin: bytes, *options: str) -> str:
+    """What the tool inside the Triton package prints about a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -24,12 +24,12 @@ _Tiles = dict[int, tuple[tuple[int, int, int], ...]]
 #: all and finds no spill.
 _AMPERE_TILES: _Tiles = {
     8: ((8, 128, 4),),
-    16: ((16, 256, 4), (16, 128, 4)),
+    16: ((16, 128, 4),),
     64: ((64, 128, 8),),
     128: ((128, 128, 8),),
 }
-_HOPPER_TILES: _Tiles = _AMPERE_TILES | {64: ((64, 256, 8), (64, 128, 4))}
-_BLACKWELL_TILES: _Tiles = _HOPPER_TILES | {16: ((16, 256, 8), (16, 128, 8))}
+_HOPPER_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 4), (16, 128, 4)), 64: ((64, 128, 4),)}
+_BLACKWELL_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 128, 8),)}
 _AMD_TILES: _Tiles = {8: ((16, 128, 4),), 16: ((16, 128, 4),), 64: ((64, 128, 4),), 128: ((128, 128, 8),)}
 #: float32 is there to be right: three products for one leave no registers for more.
 _FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((8, 64, 4),))
@@ -79,11 +79,9 @@ def choose_config(
 
 
 def shipped_configs(fmt: Format, dtype: torch.dtype, capability: Capability) -> Iterator[Config]:
-    """Every configuration :func:`choose_config` can return, up to the value of a split, which is not compiled in."""
-    tiles = dict.fromkeys(tile for bucket in M_BUCKETS for tile in _tiles(bucket, fmt, dtype, capability))
-    for tile in tiles:
-        for split in (1, 2):
-            yield Config(*tile, _num_stages(*tile, fmt, dtype, capability), split)
+    """Every configuration :func:`choose_config` can return, up to ``split_k``, which is not compiled in."""
+    for tile in dict.fromkeys(tile for bucket in M_BUCKETS for tile in _tiles(bucket, fmt, dtype, capability)):
+        yield Config(*tile, _num_stages(*tile, fmt, dtype, capability))
 
 
 def _bucket(m: int) -> int:

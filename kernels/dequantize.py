@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -70,14 +70,23 @@ def dequantize_tensors(
     check_weight(weight, scale, fmt, out_features, in_features)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"a dense weight is float16, bfloat16 or float32, got {dtype}")
-    decoder = DECODERS[fmt.packing]
     # The interpreter truncates to bfloat16 where it should round.
     stored = torch.float32 if target_of(weight.device).interpreted else dtype
     y = torch.empty(out_features, in_features, dtype=stored, device=weight.device)
     with device_guard(weight.device):
         _dequantize_kernel[(triton.cdiv(out_features, TILE_N) * triton.cdiv(in_features, BLOCK_K),)](
-            weight, scale, y, out_features, in_features,
-            DECODE=decoder.function, PLANES=decoder.planes, GROUP=fmt.group_size,
-            OFFSET=fmt.offset if fmt.symmetric else None, ROWS=TILE_N,
-        )  # fmt: skip
+            weight, scale, y, out_features, in_features, **constexprs(fmt)
+        )
     return y.to(dtype)
+
+
+def constexprs(fmt: Format) -> dict[str, Any]:
+    """The compile-time arguments of the kernel."""
+    decoder = DECODERS[fmt.packing]
+    return {
+        "DECODE": decoder.function,
+        "PLANES": decoder.planes,
+        "GROUP": fmt.group_size,
+        "OFFSET": fmt.offset if fmt.symmetric else None,
+        "ROWS": TILE_N,
+    }

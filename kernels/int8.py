@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -89,13 +91,16 @@ def _quantize_padded(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     target_of(x.device)
     if m > 0:
-        block = min(triton.next_power_of_2(padded), _MAX_BLOCK)
-        warps = max(1, min(8, block // 512))
+        constants, options = quantize_options(padded)
         with device_guard(x.device):
-            _quantize_kernel[(m,)](
-                x, q, scale, k, x.stride(0), padded, BLOCK=block, ONE_BLOCK=padded <= block, num_warps=warps
-            )
+            _quantize_kernel[(m,)](x, q, scale, k, x.stride(0), padded, **constants, **options)
     return q, scale
+
+
+def quantize_options(padded: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The compile-time arguments of the kernel for rows of ``padded`` numbers, and the options it is compiled with."""
+    block = min(triton.next_power_of_2(padded), _MAX_BLOCK)
+    return {"BLOCK": block, "ONE_BLOCK": padded <= block}, {"num_warps": max(1, min(8, block // 512))}
 
 
 def int8_linear_tensors(

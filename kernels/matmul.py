@@ -19,7 +19,7 @@ from torch import Tensor
 from qlinear.format import BLOCK_K, TILE_N, Format
 from qlinear.kernels.configs import Config, choose_config
 from qlinear.kernels.decode import DECODERS
-from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, counters, device_guard, target_of
+from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, counters, device_guard, target_of, unused
 from qlinear.kernels.tiles import concat, decode_block, load_scales, padded_rows, scale_planes
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _matmul_kernel(
 
     x: [M, K], rows stride_xm apart. y: [M, N] contiguous. x_scale: float32 [M] or None. bias: [N] or None.
     w, scale: prepared layout (see tiles.py); GROUP is None where a scale belongs to a whole row. partial, counter:
-    see _share_partials, None where splits is 1. Products are x's, the sum is float32, or int32 for int8.
+    see _share_partials, not used where splits is 1. Products are x's, the sum is float32, or int32 for int8.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.int32 if DT == tl.int8 else tl.float32
@@ -135,8 +135,8 @@ def _matmul_kernel(
         if GROUP is not None and OFFSET is not None:
             scales = next_scales
 
-    is_last = True
-    if partial_ptr is not None:
+    is_last = splits == 1
+    if splits > 1:
         acc, is_last = _share_partials(
             acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N
         )
@@ -227,6 +227,8 @@ def check_weight(weight: Tensor, scale: Tensor, fmt: Format, n: int, k: int) -> 
     shape = (tiles, fmt.groups(blocks * BLOCK_K), TILE_N) + (() if fmt.symmetric else (2,))
     if tuple(scale.shape) != shape or not scale.is_floating_point() or not scale.is_contiguous():
         raise ValueError(f"the scale {what} is contiguous floats {shape}, got {scale.dtype} {tuple(scale.shape)}")
+    if not fmt.symmetric and scale.dtype.itemsize != 2:
+        raise ValueError(f"the scale {what} shares a 32-bit word with its zero point: 16 bits, got {scale.dtype}")
     if scale.device != weight.device:
         raise ValueError(f"the weight is on {weight.device} but its scale is on {scale.device}")
 
@@ -259,13 +261,14 @@ def launch(
     if config is None:
         config = choose_config(m, n, in_features, fmt, y.dtype, target.capability, target.num_sms)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    partial = counter = None
-    if config.split_k > 1:
+    sums = torch.int32 if x.dtype == torch.int8 else torch.float32
+    if config.split_k == 1:
+        partial, counter = unused(x.device, sums), unused(x.device, torch.int32)
+    else:
         if tiles > MAX_SPLIT_TILES:
             raise ValueError(f"{config} splits {tiles} tiles along K; at most {MAX_SPLIT_TILES} can be")
         size = tiles * config.split_k * config.block_m * config.block_n
-        partial = torch.empty(size, dtype=torch.int32 if x.dtype == torch.int8 else torch.float32, device=x.device)
-        counter = counters(x.device)
+        partial, counter = torch.empty(size, dtype=sums, device=x.device), counters(x.device)
     with device_guard(x.device):
         _matmul_kernel[(tiles * config.split_k,)](
             x, weight, scale, x_scale, None if bias is None else bias.contiguous(), y, partial, counter,

@@ -62,6 +62,12 @@ def device_guard(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+@cache
+def unused(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Stands for a buffer that a launch does not touch, so that the kernel is the same with and without it."""
+    return torch.empty(1, dtype=dtype, device=device)
+
+
 _arenas: dict[torch.device, Tensor] = {}
 _rows: dict[tuple[torch.device, int], Tensor] = {}
 

@@ -1,8 +1,8 @@
 """``save`` and ``load``: a converted model as a Hugging Face folder.
 
 ``model.safetensors`` holds every tensor in the plain, hardware-independent layout; ``config.json`` is the model's own,
-with the schemes under ``quantization_config``; tokenizer files are carried along. The folder is written beside its place
-and moved in.
+with the schemes under ``quantization_config``; tokenizer files are carried along. The folder is written beside its
+place and moved in.
 """
 
 from __future__ import annotations

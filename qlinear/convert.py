@@ -92,7 +92,7 @@ def prepare(model: nn.Module) -> nn.Module:
 
 
 def unprepare(model: nn.Module) -> nn.Module:
-    """Puts every quantized layer back into the plain layout, bit for bit: before a library moves its buffers by hand."""
+    """Puts every quantized layer back into the plain layout: before a library moves its buffers by hand."""
     for module in model.modules():
         if isinstance(module, QLinear):
             module.unprepare()

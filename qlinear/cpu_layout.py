@@ -9,7 +9,7 @@
 - int8: ``weight`` int8 ``[N, K]`` signed; for w8a16 K is padded to a multiple of 32, because
   ``aten::_weight_int8pack_mm`` reads past the end of a row in bfloat16 otherwise.
 
-The order of the int4 bytes differs between AVX2 and AVX-512 and has no inverse operator. :func:`row_blocks` finds the
+The order of the int4 bytes differs between AVX2 and AVX-512 and has no inverse operator. :func:`row_order` finds the
 order by packing a probe; nothing in this layout is ever written to disk.
 """
 
@@ -57,8 +57,7 @@ def to_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     if fmt.bits == 8:
         codes = (weight[:, :k].to(torch.int16) + fmt.offset).to(torch.uint8)
         return pack_bits(codes, 8), scale, zero
-    blocks = zip(row_blocks(weight.shape[0]), int4_tiles(weight), strict=True)
-    codes = torch.cat([tile[:, order.argsort()].t() for (_, order), (_, tile) in blocks])
+    codes = torch.cat([tile.t() for tile in int4_tiles(weight)])[row_order(len(weight)).argsort()]
     group = _columns(weight) // scale.shape[0]
     every = 1 if fmt.group_size is None else fmt.group_size // group
     both = scale.transpose(0, 1)[:n, ::every][:, : fmt.groups(k)]
@@ -87,24 +86,30 @@ def _columns(packed: Tensor) -> int:
     return packed.shape[1] * 2
 
 
-def int4_tiles(packed: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The blocks of a packed int4 weight: (first row, codes uint8 ``[columns, rows]``), in :func:`row_blocks` order."""
+def int4_tiles(packed: Tensor, most: int = 1 << 20) -> Iterator[Tensor]:
+    """The codes of a packed int4 weight, uint8 ``[columns, rows]``, about ``most`` at a time.
+
+    Rows come in the order of :func:`row_order`. The operator keeps them in blocks, column by column; blocks are laid
+    side by side here, so that what is done to a tile runs over long rows.
+    """
     flat, columns = packed.view(-1), _columns(packed)
-    for start, order in row_blocks(packed.shape[0]):
-        size = len(order)
-        block = flat[start * columns // 2 : (start + size) * columns // 2].view(columns, size // 2)
-        yield start, unpack_nibbles(block)
+    size, start = len(_block_order(64)), 0
+    while start < len(packed):
+        whole = (len(packed) - start) // size
+        count = min(whole, max(1, most // (columns * size))) if whole else 1
+        rows = count * size if whole else len(packed) - start
+        blocks = flat[start * columns // 2 : (start + rows) * columns // 2].view(count, columns, -1)
+        yield unpack_nibbles(blocks.transpose(0, 1).reshape(columns, -1))
+        start += rows
 
 
 @functools.cache
-def row_blocks(rows: int) -> tuple[tuple[int, Tensor], ...]:
-    """How this CPU orders packed int4 rows: (first row, row of each nibble at one column), block by block."""
-    first = _block_order(64)
-    size = len(first)
-    blocks = [(start, first) for start in range(0, rows - size + 1, size)]
-    if rows % size:
-        blocks.append((rows - rows % size, _block_order(rows % size)))
-    return tuple(blocks)
+def row_order(rows: int) -> Tensor:
+    """How this CPU orders packed int4 rows: the row of each nibble at one column."""
+    block = _block_order(64)
+    whole = rows - rows % len(block)
+    order = (torch.arange(0, whole, len(block))[:, None] + block).view(-1)
+    return torch.cat((order, _block_order(rows - whole) + whole)) if rows > whole else order
 
 
 @functools.cache

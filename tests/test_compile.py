@@ -1,7 +1,7 @@
-"""Compiles what ships, for GPUs that need not be present: no spills, tensor cores used, loads asynchronous.
+"""Compiles all that ships, for GPUs that need not be present: no spills, tensor cores used, loads asynchronous.
 
-Run as a program this file is the worker: Triton cannot compile in a process that interprets. It takes the indices
-of jobs as arguments and prints one line of JSON for each.
+Run as a program this file is the worker: Triton cannot compile in a process that interprets. It reads the index of
+a job from each line and answers with one line of JSON.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,34 +27,58 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WORKERS = 2
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
+    """One call of :func:`qlinear.kernels.compile.compile_matmul`, or of its like for the two other kernels."""
+
+    kernel: str
     target: Capability
-    fmt: Format
     dtype: str
-    config: Config
-    #: Among the few that run by default; the others are marked slow.
-    sampled: bool
+    fmt: Format | None = None
+    config: Config | None = None
+    options: dict[str, object] = field(default_factory=dict)
 
     def __str__(self) -> str:
         target = self.target if isinstance(self.target, str) else f"sm_{self.target[0] * 10 + self.target[1]}"
-        return f"{target}-{self.fmt}-{self.dtype}-{self.config}"
+        options = [f"{name}={str(value).removeprefix('torch.')}" for name, value in self.options.items()]
+        parts = [self.kernel, target, self.fmt, self.dtype, self.config, *options]
+        return "-".join(str(part) for part in parts if part is not None)
+
+    @property
+    def effort(self) -> int:
+        return self.config.block_m * self.config.block_n if self.config else 0
+
+
+#: What a call may differ in from N = K = 4096, contiguous x, a bias and scales in the dtype of x.
+VARIANTS: tuple[tuple[str, str, dict[str, object]], ...] = (
+    ("w4a16-g32", "fp16", {"in_features": 4080}),
+    ("w4a16-asym", "bf16", {"in_features": 200, "bias": False}),
+    ("w8a16", "fp16", {"in_features": 200}),
+    ("w4a16", "bf16", {"row_stride": 4097}),
+    ("w8a8", "fp16", {"bias": False}),
+    ("w4a16-g64-asym", "bf16", {"scale_dtype": torch.float16}),
+    ("w8a16-g32", "bf16", {"scale_dtype": torch.float16}),
+    ("w4a16-channel", "bf16", {"scale_dtype": torch.float32}),
+    ("w8a16", "bf16", {"scale_dtype": torch.float32}),
+    ("w8a8", "bf16", {"scale_dtype": torch.float32}),
+)
 
 
 def jobs() -> list[Job]:
-    """Every shipped configuration. By default a format meets half of the tiles on sm_90, one elsewhere."""
     result = []
     for target in TARGETS:
-        for i, fmt in enumerate(FORMATS.values()):
-            for dtype in DTYPES:
-                configs = list(shipped_configs(fmt, DTYPES[dtype], target))
-                tiles = list(dict.fromkeys((config.block_m, config.block_n) for config in configs))
-                for config in configs:
-                    tile = tiles.index((config.block_m, config.block_n))
-                    turn = i % 6 == 1 if dtype == "fp32" else dtype == ("bf16", "fp16")[i % 2]
-                    here = (tile + i // 2) % min(2, len(tiles)) == 0 if target == (9, 0) else tile == i % len(tiles)
-                    # Splitting along K only adds to a kernel's end.
-                    sampled = config.split_k > 1 and turn and here
-                    result.append(Job(target, fmt, dtype, config, sampled))
+        for dtype in DTYPES:
+            for fmt in FORMATS.values():
+                configs = shipped_configs(fmt, DTYPES[dtype], target)
+                result += [Job("matmul", target, dtype, fmt, config) for config in configs]
+        for name, dtype, options in VARIANTS:
+            # The tile for a few tokens and the tile for many.
+            first, *_, last = shipped_configs(FORMATS[name], DTYPES[dtype], target)
+            result += [Job("matmul", target, dtype, FORMATS[name], config, options) for config in (first, last)]
+        for dtype in DTYPES:
+            result += [Job("dequantize", target, dtype, FORMATS[name]) for name in ("w8a8", "w8a16-g32", "w4a16-asym")]
+            # One warp, a row in one block, a row in several.
+            result += [Job("quantize", target, dtype, options={"in_features": k}) for k in (200, 4096, 14336)]
     return result
 
 
@@ -61,19 +86,26 @@ JOBS = jobs()
 
 
 def compile_all(indices: list[int]) -> dict[int, dict[str, object]]:
-    """Compiles jobs in two worker processes."""
+    """Compiles jobs in two worker processes, each taking the longest that is left."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    shares = [[str(i) for i in indices[worker::WORKERS]] for worker in range(WORKERS)]
-    workers = [
-        subprocess.Popen([sys.executable, __file__, *share], stdout=subprocess.PIPE, text=True, env=environment)
-        for share in shares
-        if share
-    ]
-    lines = [line for worker in workers for line in worker.communicate()[0].splitlines()]
-    assert all(worker.returncode == 0 for worker in workers)
-    return {result.pop("job"): result for result in map(json.loads, lines)}
+    queue = deque(sorted(indices, key=lambda index: JOBS[index].effort, reverse=True))
+    results = {}
+
+    def serve() -> None:
+        command = [sys.executable, __file__]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as worker:
+            while queue and worker.poll() is None:
+                index = queue.popleft()
+                print(index, file=worker.stdin, flush=True)
+                results[index] = json.loads(worker.stdout.readline() or '{"error": "the compiler crashed"}')
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for served in [pool.submit(serve) for _ in range(WORKERS)]:
+            served.result()
+    return results
 
 
 @pytest.fixture(scope="session")
@@ -84,34 +116,34 @@ def compiled(request):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(
-    "index",
-    [pytest.param(i, id=str(job), marks=() if job.sampled else pytest.mark.slow) for i, job in enumerate(JOBS)],
-)
-def test_shipped_configuration(index, compiled):
+@pytest.mark.parametrize("index", range(len(JOBS)), ids=lambda index: str(JOBS[index]))
+def test_compiles_to_what_it_should(index, compiled):
     job, result = JOBS[index], compiled[index]
     assert "error" not in result, result["error"]
     assert result["spilled"] == 0
-    assert result["tensor_core_instructions"] > 0
-    if not isinstance(job.target, str):
-        assert result["asynchronous_copies"] > 0
-
-
-def test_every_format_is_sampled_for_every_target():
-    sampled = {(job.target, job.fmt.name) for job in JOBS if job.sampled}
-    assert sampled == {(target, name) for target in TARGETS for name in FORMATS}
+    if job.kernel == "matmul":
+        assert result["tensor_core_instructions"] > 0
+        if not isinstance(job.target, str):
+            assert result["asynchronous_copies"] > 0
 
 
 def main() -> None:
-    from qlinear.kernels.compile import compile_matmul, usage
+    from qlinear.kernels.compile import compile_dequantize, compile_matmul, compile_quantize, usage
 
-    for index in map(int, sys.argv[1:]):
-        job = JOBS[index]
+    for line in sys.stdin:
+        job = JOBS[int(line)]
+        dtype = DTYPES[job.dtype]
         try:
-            result = asdict(usage(compile_matmul(job.fmt, DTYPES[job.dtype], job.config, job.target)))
+            if job.kernel == "matmul":
+                kernel = compile_matmul(job.fmt, dtype, job.config, job.target, **job.options)
+            elif job.kernel == "dequantize":
+                kernel = compile_dequantize(job.fmt, dtype, job.target)
+            else:
+                kernel = compile_quantize(dtype, capability=job.target, **job.options)
+            result = asdict(usage(kernel))
         except Exception as error:
             result = {"error": repr(error)}
-        print(json.dumps({"job": index, **result}), flush=True)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from qlinear import cpu, reference
 FORMATS = qlinear.FORMATS.values()
 INT4 = [f for f in FORMATS if f.bits == 4]
 N = 70
+#: More tokens than the packed operators are given.
+MANY = max(cpu.INT4_TOKENS, cpu.INT8_TOKENS) + 1
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 #: What runs on a CPU: the prepared layout and the plain one.
 LAYOUTS = ["cpu", "plain"]
@@ -32,7 +34,7 @@ def check(x, packed):
 def test_products_are_close_to_float64(fmt, layout, dtype):
     for k in (fmt.group_size or 32, 200, 576):
         packed = random_packed(fmt, N, k).to_layout(layout)  # bfloat16 scales: the packed operators are reached
-        for m in (0, 1, 5, 16, 33):
+        for m in (0, 1, 5, 16, 33, MANY):
             check(torch.randn(m, k).to(dtype), packed)
 
 
@@ -40,7 +42,7 @@ def test_products_are_close_to_float64(fmt, layout, dtype):
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_products_with_scales_of_the_input_s_dtype(fmt, dtype):
     packed = random_packed(fmt, N, 200, dtype).to_layout("cpu")
-    for m in (1, 33):
+    for m in (1, 33, MANY):
         check(torch.randn(m, 200).to(dtype), packed)
 
 
@@ -52,7 +54,7 @@ def test_real_weights_and_one_sided_activations(fmt, layout, dtype):
     torch.manual_seed(0)
     weight = torch.randn(N, 576).mul_(0.03).add_(torch.randn(N, 1) * 0.02).bfloat16()
     packed = qlinear.pack(weight, fmt.name, layout=layout)
-    for m in (1, 33):
+    for m in (1, 33, MANY):
         check(torch.nn.functional.silu(torch.randn(m, 576) * 2).to(dtype), packed)
 
 
@@ -63,7 +65,7 @@ def test_small_weights_keep_their_scales(fmt, layout, dtype):
     """Scales of 1e-6 are subnormal in float16; they must not be rounded to it on the way to a float16 product."""
     torch.manual_seed(0)
     packed = qlinear.pack(torch.randn(N, 200, dtype=torch.bfloat16) * 1e-4, fmt.name, layout=layout)
-    for m in (1, 33):
+    for m in (1, 33, MANY):
         check((torch.randn(m, 200) * 100).to(dtype), packed)
 
 
@@ -72,7 +74,7 @@ def test_the_named_operator_is_the_one_that_runs(fmt):
     """``path`` is what ``doctor`` prints: it must tell the truth."""
     packed = random_packed(fmt, 32, 128).to_layout("cpu")
     for dtype in (torch.bfloat16, torch.float32):
-        for tokens in (1, 64):
+        for tokens in (1, MANY):
             name, reason = cpu.path(fmt, dtype, tokens)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 matmul(torch.randn(tokens, 128).to(dtype), packed)
@@ -134,7 +136,7 @@ def test_int4_products_at_every_instruction_set(level):
 def test_strided_inputs(fmt, layout):
     packed = random_packed(fmt, N, 200).to_layout(layout)
     for dtype in DTYPES:
-        for m in (1, 33):
+        for m in (1, 33, MANY):
             wide = torch.randn(m, 400).to(dtype)
             for x in (wide[:, ::2], torch.randn(200, m).to(dtype).t(), wide[:, 100:300], wide[:1, :200].expand(m, 200)):
                 check(x, packed)
@@ -153,7 +155,7 @@ def test_every_element_of_the_output_is_written(fmt, layout, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
     for dtype in DTYPES:
-        for m in (1, 33):
+        for m in (1, 33, MANY):
             check(torch.randn(m, 200).to(dtype), packed)
 
 
@@ -162,7 +164,7 @@ def test_every_element_of_the_output_is_written(fmt, layout, monkeypatch):
 def test_the_inputs_are_not_written(fmt, layout):
     packed = random_packed(fmt, N, 200).to_layout(layout)
     tensors = [packed.weight, packed.scale, *([] if packed.zero_point is None else [packed.zero_point])]
-    for m in (1, 33):
+    for m in (1, 33, MANY):
         x = torch.randn(m, 200, dtype=torch.bfloat16)
         before = [bits(t).clone() for t in (x, *tensors)]
         matmul(x, packed)

@@ -106,6 +106,17 @@ def test_split_k_is_deterministic_and_leaves_its_counters_at_zero(name, split_k,
     assert not runtime.counters(device).any()
 
 
+def test_what_is_not_split_touches_no_partial_sums(device):
+    packed = random_weight(FORMATS["w4a16"], 70, 576, torch.float16, device)
+    x = random_tokens(17, 576, torch.float16, device)
+    whole = check(x, packed, config=SMALL)
+    stand_in = runtime.unused(x.device, torch.float32)
+    assert stand_in is runtime.unused(x.device, torch.float32)
+    before = stand_in.fill_(float("nan")).clone()
+    assert torch.equal(matmul(x, packed, config=SMALL), whole)
+    assert torch.equal(stand_in.view(torch.int32), before.view(torch.int32))
+
+
 def test_a_row_does_not_depend_on_its_neighbours(device):
     packed = random_weight(FORMATS["w4a16"], 70, 576, torch.float16, device)
     x = random_tokens(8, 576, torch.float16, device)
@@ -169,6 +180,9 @@ def test_errors_of_bare_tensors(device):
         matmul_tensors(x, packed.weight, packed.scale, packed.format, 64)
     with pytest.raises(ValueError, match=r"floats \(2, 2, 64\), got torch.float16 \(2, 1, 64\)"):
         matmul_tensors(x, packed.weight, packed.scale[:, :1].contiguous(), packed.format, 70)
+    asymmetric = random_weight(FORMATS["w4a16-asym"], 70, 200, torch.float16, device)
+    with pytest.raises(ValueError, match="with its zero point: 16 bits, got torch.float32"):
+        matmul_tensors(x, asymmetric.weight, asymmetric.scale.float(), asymmetric.format, 70)
     with pytest.raises(ValueError, match="int8_linear_tensors"):
         matmul_tensors(x, packed.weight, packed.scale, FORMATS["w8a8"], 70)
 
