@@ -25,11 +25,15 @@ _Tiles = dict[int, tuple[tuple[int, int, int], ...]]
 _AMPERE_TILES: _Tiles = {
     8: ((8, 128, 4),),
     16: ((16, 128, 4),),
-    64: ((64, 128, 8),),
+    64: ((64, 128, 4),),
     128: ((128, 128, 8),),
 }
-_HOPPER_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 4), (16, 128, 4)), 64: ((64, 128, 4),)}
-_BLACKWELL_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 128, 8),)}
+_HOPPER_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 4), (16, 128, 4))}
+_BLACKWELL_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 8),)}
+#: Groups of 32: the sums of four groups at a time, or their scales, do not fit into registers beside a wide tile.
+_AMPERE_TILES_32: _Tiles = _AMPERE_TILES | {64: ((64, 64, 4),)}
+_HOPPER_TILES_32: _Tiles = _AMPERE_TILES
+_BLACKWELL_TILES_32: _Tiles = _AMPERE_TILES | {16: ((16, 128, 8),)}
 _AMD_TILES: _Tiles = {8: ((16, 128, 4),), 16: ((16, 128, 4),), 64: ((64, 128, 4),), 128: ((128, 128, 8),)}
 #: float32 is there to be right: three products for one leave no registers for more.
 _FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((8, 64, 4),))
@@ -93,9 +97,9 @@ def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability)
         return (_AMD_FLOAT32_TILES if dtype == torch.float32 else _AMD_TILES)[bucket]
     if dtype == torch.float32:
         return _FLOAT32_TILES[bucket]
-    tiles = {9: _HOPPER_TILES, 10: _BLACKWELL_TILES}.get(capability[0], _AMPERE_TILES)[bucket]
-    # The sums of four groups of 32 at a time do not fit into the registers of 4 warps beside a wide tile.
-    return tiles[-1:] if fmt.group_size == 32 else tiles
+    if fmt.group_size == 32:
+        return {9: _HOPPER_TILES_32, 10: _BLACKWELL_TILES_32}.get(capability[0], _AMPERE_TILES_32)[bucket]
+    return {9: _HOPPER_TILES, 10: _BLACKWELL_TILES}.get(capability[0], _AMPERE_TILES)[bucket]
 
 
 def _split_k(wanted: int, tiles: int, bucket: int, k: int, fmt: Format) -> int:
@@ -119,5 +123,7 @@ def _num_stages(
     budget = (_SHARED_KIB.get(capability, 99) << 10) * num_warps // 8
     weight = block_n * BLOCK_K * fmt.bits // 8
     tokens = block_m * BLOCK_K * (1 if fmt.integer_activations else dtype.itemsize)
-    # A buffer is consumed in registers (weight) or in place (tokens); the rest is for scales and changes of layout.
-    return next((s for s in (4, 3) if (s - 1) * weight + s * tokens + (6 << 10) <= budget), 2)
+    # The rest is for scales and changes of layout. Tokens are consumed in place, as int8 weights are where tokens are
+    # int8; a weight that is decoded has left its buffer.
+    spare = 0 if fmt.integer_activations else 1
+    return next((s for s in (4, 3) if (s - spare) * weight + s * tokens + (6 << 10) <= budget), 2)

@@ -181,7 +181,7 @@ def test_errors_of_bare_tensors(device):
     with pytest.raises(ValueError, match=r"floats \(2, 2, 64\), got torch.float16 \(2, 1, 64\)"):
         matmul_tensors(x, packed.weight, packed.scale[:, :1].contiguous(), packed.format, 70)
     asymmetric = random_weight(FORMATS["w4a16-asym"], 70, 200, torch.float16, device)
-    with pytest.raises(ValueError, match="with its zero point: 16 bits, got torch.float32"):
+    with pytest.raises(ValueError, match=r"its zero point: 16 bits, got torch\.float32"):
         matmul_tensors(x, asymmetric.weight, asymmetric.scale.float(), asymmetric.format, 70)
     with pytest.raises(ValueError, match="int8_linear_tensors"):
         matmul_tensors(x, packed.weight, packed.scale, FORMATS["w8a8"], 70)

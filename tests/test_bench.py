@@ -1,0 +1,37 @@
+"""The benchmarks measure what they say, and refuse to time a wrong result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import linear
+from bench.timing import interleaved, rotating
+
+
+def test_sides_take_turns() -> None:
+    calls: list[str] = []
+    times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, seconds=0.0)
+    assert calls == ["a", "a", "b", "b", *"ab" * 3]
+    assert set(times) == {"a", "b"} and all(t >= 0 for t in times.values())
+
+
+def test_items_rotate() -> None:
+    seen: list[int] = []
+    call = rotating([1, 2, 3], seen.append)
+    for _ in range(4):
+        call()
+    assert seen == [1, 2, 3, 1]
+
+
+def test_linear_rows_cover_every_scheme_and_number_of_tokens() -> None:
+    rows = linear.measure(torch.bfloat16, [(64, 96)], seconds=0.001, rounds=1)
+    assert [row["m"] for row in rows] == list(linear.TOKENS)
+    assert all(set(row["us"]) == {"float", *linear.SCHEMES} for row in rows)
+    assert "64 x 96" in linear.show(rows)
+
+
+def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlinear.cpu._int8_mm", lambda x, w, s: torch.zeros(len(x), len(w), dtype=x.dtype))
+    with pytest.raises(RuntimeError, match="w8a16 is wrong here"):
+        linear.measure(torch.bfloat16, [(64, 96)], seconds=0.001, rounds=1)
