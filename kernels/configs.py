@@ -25,18 +25,19 @@ _Tiles = dict[int, tuple[tuple[int, int, int], ...]]
 _AMPERE_TILES: _Tiles = {
     8: ((8, 128, 4),),
     16: ((16, 128, 4),),
-    64: ((64, 128, 4),),
+    64: ((64, 64, 4),),
     128: ((128, 128, 8),),
 }
-_HOPPER_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 4), (16, 128, 4))}
-_BLACKWELL_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 8),)}
+_HOPPER_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 4), (16, 128, 4)), 64: ((64, 128, 4),)}
+_BLACKWELL_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 8),), 64: ((64, 128, 4),)}
 #: Groups of 32: the sums of four groups at a time, or their scales, do not fit into registers beside a wide tile.
-_AMPERE_TILES_32: _Tiles = _AMPERE_TILES | {64: ((64, 64, 4),)}
-_HOPPER_TILES_32: _Tiles = _AMPERE_TILES
-_BLACKWELL_TILES_32: _Tiles = _AMPERE_TILES | {16: ((16, 128, 8),)}
+_HOPPER_TILES_32: _Tiles = _HOPPER_TILES | {16: ((16, 128, 4),)}
+_BLACKWELL_TILES_32: _Tiles = _BLACKWELL_TILES | {16: ((16, 128, 8),)}
 _AMD_TILES: _Tiles = {8: ((16, 128, 4),), 16: ((16, 128, 4),), 64: ((64, 128, 4),), 128: ((128, 128, 8),)}
 #: float32 is there to be right: three products for one leave no registers for more.
 _FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((8, 64, 4),))
+#: ptxas spills a few registers of 4 warps in groups of 64.
+_BLACKWELL_FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((8, 128, 8),))
 _AMD_FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((16, 64, 4),))
 
 #: Shared memory of a multiprocessor in KiB, by capability; others have 99 (sm_86, sm_89, sm_120) or, on AMD, 64.
@@ -96,9 +97,9 @@ def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability)
     if isinstance(capability, str):
         return (_AMD_FLOAT32_TILES if dtype == torch.float32 else _AMD_TILES)[bucket]
     if dtype == torch.float32:
-        return _FLOAT32_TILES[bucket]
+        return (_BLACKWELL_FLOAT32_TILES if capability[0] == 10 else _FLOAT32_TILES)[bucket]
     if fmt.group_size == 32:
-        return {9: _HOPPER_TILES_32, 10: _BLACKWELL_TILES_32}.get(capability[0], _AMPERE_TILES_32)[bucket]
+        return {9: _HOPPER_TILES_32, 10: _BLACKWELL_TILES_32}.get(capability[0], _AMPERE_TILES)[bucket]
     return {9: _HOPPER_TILES, 10: _BLACKWELL_TILES}.get(capability[0], _AMPERE_TILES)[bucket]
 
 

@@ -122,9 +122,10 @@ def _matmul_kernel(
         if SCALE_WEIGHT:
             planes = scale_planes(planes, scales, PLANES if PLANES >= COUNT else COUNT, COUNT, DT)
         for i in tl.static_range(128 // SPAN):
+            mask = x_mask
             if MASK_K:
-                x_mask = (offs_m < M)[None, :] & (block * 128 + i * SPAN + offs_k < K)[:, None]
-            x = tl.load(x_ptrs + i * SPAN, mask=x_mask, other=0)
+                mask = x_mask & (block * 128 + i * SPAN + offs_k < K)[:, None]
+            x = tl.load(x_ptrs + i * SPAN, mask=mask, other=0)
             w = concat(planes, i * SLICES, SLICES)
             if GROUP is None or SCALE_WEIGHT:
                 acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -248,7 +249,8 @@ def launch(
     m, n = y.shape
     if m == 0:
         return
-    if x.stride(1) != 1:
+    # Rows that are not aligned are loaded number by number: a copy is cheaper.
+    if x.stride(1) != 1 or x.stride(0) % 16 != 0:
         x = x.contiguous()
     target = target_of(x.device)
     if target.interpreted and y.dtype == torch.bfloat16:

@@ -54,7 +54,7 @@ VARIANTS: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("w4a16-g32", "fp16", {"in_features": 4080}),
     ("w4a16-asym", "bf16", {"in_features": 200, "bias": False}),
     ("w8a16", "fp16", {"in_features": 200}),
-    ("w4a16", "bf16", {"row_stride": 4097}),
+    ("w4a16", "bf16", {"row_stride": 8192}),
     ("w8a8", "fp16", {"bias": False}),
     ("w4a16-g64-asym", "bf16", {"scale_dtype": torch.float16}),
     ("w8a16-g32", "bf16", {"scale_dtype": torch.float16}),
@@ -71,10 +71,9 @@ def jobs() -> list[Job]:
             for fmt in FORMATS.values():
                 configs = shipped_configs(fmt, DTYPES[dtype], target)
                 result += [Job("matmul", target, dtype, fmt, config) for config in configs]
-        for name, dtype, options in VARIANTS:
-            # The tile for a few tokens and the tile for many.
-            first, *_, last = shipped_configs(FORMATS[name], DTYPES[dtype], target)
-            result += [Job("matmul", target, dtype, FORMATS[name], config, options) for config in (first, last)]
+        for i, (name, dtype, options) in enumerate(VARIANTS):
+            configs = list(shipped_configs(FORMATS[name], DTYPES[dtype], target))
+            result.append(Job("matmul", target, dtype, FORMATS[name], configs[i % len(configs)], options))
         for dtype in DTYPES:
             result += [Job("dequantize", target, dtype, FORMATS[name]) for name in ("w8a8", "w8a16-g32", "w4a16-asym")]
             # One warp, a row in one block, a row in several.

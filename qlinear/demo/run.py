@@ -32,7 +32,7 @@ _LARGE = 1_000_000_000
 _WHY_TWIN = (
     "Quality, speed and text are those of the model's off-grid twin: the same function, its channels rescaled at "
     "random. The shipped weights were already rounded to 4 bits (GGUF Q4_1, asymmetric, groups of 32): on that grid "
-    "4 bits can look better than they are on a float model, or even lossless."
+    "4 bits can look better than they are on a float model."
 )
 
 
