@@ -20,5 +20,6 @@ def activations(x: Tensor, packed: PackedWeight) -> Tensor:
         return x.double()
     # The scale is float32 by definition of the format; a quotient that falls on a half is rounded to even.
     largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    values = (x.float() * (127 / largest)).round()
+    # A true division: `127 / largest` would be a rounded reciprocal times 127.
+    values = (x.float() * torch.div(torch.tensor(127.0), largest)).round()
     return values.double() * (largest / 127).double()
