@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 import torch
 
 from qlinear.doctor import diagnose, versions
+from qlinear.tables import write_json
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _JSON = click.option("--json", "path", type=_FILE, help="Also write the rows here.")
@@ -53,9 +53,7 @@ def _report(text: str, data: dict[str, Any], path: Path | None) -> None:
     diagnosis_devices = diagnose().devices
     click.echo(f"qlinear {commit}; torch {torch.__version__}; {'; '.join(diagnosis_devices)}\n{text}")
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        everything = {"commit": commit, "versions": versions(), "devices": diagnosis_devices, **data}
-        path.write_text(json.dumps(everything, indent=1) + "\n")
+        write_json(path, {"commit": commit, "versions": versions(), "devices": diagnosis_devices, **data})
 
 
 cli()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 import qlinear
+from qlinear.tables import write_json
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _JSON = click.option("--json", "json_path", type=_FILE, help="Also write the result here.")
@@ -73,7 +73,7 @@ def convert(
     report = qlinear.inspect(model)
     click.echo(report)
     click.echo(f"wrote {target}")
-    _write_json(json_path, {"source": source, "folder": str(target), **report.to_dict()})
+    _maybe_json(json_path, {"source": source, "folder": str(target), **report.to_dict()})
 
 
 @cli.command()
@@ -83,7 +83,7 @@ def inspect(model: str, json_path: Path | None) -> None:
     """Lists every parameter of MODEL: scheme, bytes before and after, or why it is in float."""
     report = qlinear.inspect(_load(model)[0])
     click.echo(report)
-    _write_json(json_path, {"model": model, **report.to_dict()})
+    _maybe_json(json_path, {"model": model, **report.to_dict()})
 
 
 @cli.command()
@@ -136,7 +136,7 @@ def validate(
     click.echo(report)
     for failure in failures:
         click.echo(f"FAILED {failure}")
-    _write_json(json_path, {"model": model, "passed": not failures, "failures": failures, **report.to_dict()})
+    _maybe_json(json_path, {"model": model, "passed": not failures, "failures": failures, **report.to_dict()})
     if failures:
         sys.exit(1)
 
@@ -149,7 +149,7 @@ def doctor(json_path: Path | None) -> None:
 
     diagnosis = diagnose()
     click.echo(diagnosis)
-    _write_json(json_path, diagnosis.to_dict())
+    _maybe_json(json_path, diagnosis.to_dict())
     if not diagnosis.ok:
         sys.exit(1)
 
@@ -179,13 +179,9 @@ def _bounds(bounds: tuple[str, ...]) -> dict[str, float]:
         raise ValueError(f"a bound is METRIC=NUMBER, for example kl=0.1; got {', '.join(bounds)}") from error
 
 
-def _write_json(path: Path | None, data: dict[str, Any]) -> None:
-    """Writes the result beside its place and moves it in, so that a reader never sees half a file."""
+def _maybe_json(path: Path | None, data: dict[str, Any]) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(data, indent=2) + "\n")
-        os.replace(temporary, path)
+        write_json(path, data)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +19,7 @@ from qlinear.demo.source import find_model, load_model
 from qlinear.demo.text import TEXT_NAME, perplexity, sample_ids
 from qlinear.demo.twin import off_grid_twin
 from qlinear.doctor import native_path, versions
-from qlinear.tables import human_bytes, table
+from qlinear.tables import human_bytes, table, write_json
 
 SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g32-asym")
 PROMPT = "Why is the sky blue?"
@@ -109,7 +107,7 @@ def run_demo(
     }
     _show(results, data, say)
     if json_path is not None:
-        _write_json(Path(json_path), data)
+        write_json(Path(json_path), data)
     return data
 
 
@@ -215,11 +213,3 @@ def _progress(schemes: tuple[str, ...]) -> Iterator[str]:
 
 def _parameter_bytes(model: torch.nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    """Written beside its place and moved in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(data, indent=2) + "\n")
-    partial.replace(path)
