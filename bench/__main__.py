@@ -9,7 +9,7 @@ from typing import Any
 import click
 import torch
 
-from qlinear.doctor import diagnose, versions
+from qlinear.doctor import devices, versions
 from qlinear.tables import write_json
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -50,10 +50,10 @@ def decode(rounds: int, tokens: int, nf4: bool, path: Path | None) -> None:
 
 def _report(text: str, data: dict[str, Any], path: Path | None) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    diagnosis_devices = diagnose().devices
-    click.echo(f"qlinear {commit}; torch {torch.__version__}; {'; '.join(diagnosis_devices)}\n{text}")
+    machine = devices()
+    click.echo(f"qlinear {commit}; torch {torch.__version__}; {'; '.join(machine)}\n{text}")
     if path is not None:
-        write_json(path, {"commit": commit, "versions": versions(), "devices": diagnosis_devices, **data})
+        write_json(path, {"commit": commit, "versions": versions(), "devices": machine, **data})
 
 
 cli()

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlinear.convert import candidates
+from qlinear.convert import candidates, prepare
 from qlinear.linear import QLinear, float_shape
 
 #: Of ``quantization_config``; a loader refuses a newer one.
@@ -105,10 +105,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: str | to
         tie()
     if device is not None:
         model.to(device)
-    for module in model.modules():
-        if isinstance(module, QLinear):
-            module.prepare()
-    return model.eval()
+    return prepare(model).eval()
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -66,10 +66,10 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Looks at this machine and computes a small product with every scheme on every device, in bfloat16 and float32."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     dtypes = (torch.bfloat16, torch.float32)
-    checks = [_check(fmt, device, dtype) for device in devices for dtype in dtypes for fmt in FORMATS.values()]
-    return Diagnosis(versions(), _devices(), checks)
+    checks = [_check(fmt, device, dtype) for device in kinds for dtype in dtypes for fmt in FORMATS.values()]
+    return Diagnosis(versions(), devices(), checks)
 
 
 def versions() -> dict[str, str]:
@@ -85,7 +85,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _devices() -> list[str]:
+def devices() -> list[str]:
+    """One line for each device: what it is and what computes on it."""
     capability = torch.backends.cpu.get_cpu_capability()
     found = [f"cpu: {platform.machine()}, {capability}, {torch.get_num_threads()} threads"]
     for i in range(torch.cuda.device_count()):
