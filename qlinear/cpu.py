@@ -24,6 +24,8 @@ _int8_mm: Callable[..., Tensor] = torch.ops.aten._weight_int8pack_mm.default
 #: Most tokens the packed operators are given; above it a dequantized tile is cheaper.
 INT4_TOKENS = 96
 INT8_TOKENS = 16
+#: Most tokens whose int8 values the weight-only operator multiplies; above it ``_int_mm`` is faster.
+W8A8_TOKENS = 2
 #: Weights of one dequantized tile: 2 MB of bfloat16, so that a tile is still in cache when it is multiplied.
 _TILE_WEIGHTS = 1 << 20
 #: Floor of a token's largest magnitude: a zero row has zero values, whatever its scale.
@@ -32,9 +34,14 @@ _SMALLEST = torch.tensor(1e-30)
 _LEVELS = torch.tensor(127.0)
 
 
-def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu") -> tuple[str, str]:
-    """The operator a product of ``tokens`` rows takes on a CPU, and why: ``(name, reason)``."""
+def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", columns: int = 32) -> tuple[str, str]:
+    """The operator a product of ``tokens`` rows takes on a CPU, and why: ``(name, reason)``.
+
+    ``columns`` is the layer's in_features; only w8a8 asks for it.
+    """
     if fmt.integer_activations:
+        if dtype == torch.bfloat16 and tokens <= W8A8_TOKENS and layout == "cpu" and columns % 32 == 0:
+            return "aten::_weight_int8pack_mm", f"int8 values held in bfloat16, exactly; up to {W8A8_TOKENS} tokens"
         return "aten::_int_mm", "int8 x int8, int32 sums; activations quantized per token"
     if dtype != torch.bfloat16:
         return "dequantize + F.linear", "no fast operator in this dtype: saves memory, not time"
@@ -53,7 +60,7 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu") -> t
 
 def matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, n: int) -> Tensor:
     """``x @ W.T`` for x ``[M, K]`` and a packed weight in the plain or cpu layout; returns ``[M, N]`` in x's dtype."""
-    name, _ = path(fmt, x.dtype, x.shape[0], layout_of(weight))
+    name, _ = path(fmt, x.dtype, x.shape[0], layout_of(weight), x.shape[1])
     if x.shape[0] == 0:
         return x.new_empty(0, n)
     if name == "aten::_weight_int4pack_mm_for_cpu":
@@ -61,6 +68,8 @@ def matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, 
         y = _int4_mm(_pad(x, columns), weight, columns // scale.shape[0], scale)
         return y if y.shape[1] == n else y[:, :n]
     if name == "aten::_weight_int8pack_mm":
+        if fmt.integer_activations:
+            return _few_int8_matmul(x, weight, scale)
         return _int8_mm(_pad(x, weight.shape[1]), weight, scale.view(-1).to(x.dtype))
     if name == "aten::_int_mm":
         if weight.dtype == torch.int32:
@@ -78,19 +87,35 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A zero row has zero values. A row with NaN or infinity gets a scale that is not finite, and so does its output row.
     """
+    values, scale = _round_activations(x)
+    # Contiguous, because _int_mm reads one row with the strides of a transposed view from the wrong places.
+    return values.to(torch.int8, memory_format=torch.contiguous_format), scale
+
+
+def _round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_activations` with the values still in float32."""
     # Decoding one token is bound by the number of small operators and their kind: 0-dim tensors in the place of Python
     # numbers, and one cast to float32 first, take this from 58 to 37 us at K = 576.
     wide = x.float()
     # The floor keeps a zero row from dividing by zero; NaN passes through.
     largest = torch.maximum(torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True), _SMALLEST)
-    values = (wide * torch.div(_LEVELS, largest)).round_()
-    # Contiguous, because _int_mm reads one row with the strides of a transposed view from the wrong places.
-    return values.to(torch.int8, memory_format=torch.contiguous_format), torch.div(largest, _LEVELS)
+    return (wide * torch.div(_LEVELS, largest)).round_(), torch.div(largest, _LEVELS)
 
 
 def _int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     values, token_scale = quantize_activations(x)
-    return torch._int_mm(values, weight.t()).float().mul_(token_scale).mul_(scale.view(-1).float()).to(x.dtype)
+    # An int32 tensor times a float32 one is float32, and so it stays when 16-bit scales come in.
+    return torch._int_mm(values, weight.t()).mul(token_scale).mul_(scale.view(-1)).to(x.dtype)
+
+
+def _few_int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The same product for bfloat16 tokens, through the weight-only operator, which sums in float32.
+
+    Integers up to 127 are exact in bfloat16 and so are their products in float32. At one token this takes a third off
+    a layer of 576x576 and a fifth off one of 4096x4096: four small operators fewer, and no wait for oneDNN.
+    """
+    values, token_scale = _round_activations(x)
+    return _int8_mm(values.to(torch.bfloat16), weight, scale.view(-1).to(torch.bfloat16)).mul_(token_scale)
 
 
 def _tiled_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, n: int) -> Tensor:
