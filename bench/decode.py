@@ -37,8 +37,7 @@ def to_nf4(model: nn.Module) -> nn.Module:
                 layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
             )
             new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new.to("cpu"))
+            model.set_submodule(name, new.to("cpu"))
     return model
 
 

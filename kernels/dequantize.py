@@ -12,12 +12,12 @@ from torch import Tensor
 
 from qlinear.format import BLOCK_K, TILE_N, Format
 from qlinear.kernels.decode import DECODERS
-from qlinear.kernels.matmul import check_weight
+from qlinear.kernels.matmul import check_layout, check_weight
 from qlinear.kernels.runtime import device_guard, target_of
 from qlinear.kernels.tiles import concat, decode_block, load_scales, padded_rows, scale_planes
 
 if TYPE_CHECKING:
-    from qlinear.pack import PackedWeight
+    from qlinear.packing import PackedWeight
 
 
 @triton.jit
@@ -56,8 +56,7 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: the weight is not in the ``triton`` layout.
     """
-    if packed.layout != "triton":
-        raise ValueError(f"the kernels read the layout 'triton', got {packed.layout!r}; use to_layout('triton')")
+    check_layout(packed)
     return dequantize_tensors(
         packed.weight, packed.scale, packed.format, packed.out_features, packed.in_features, dtype
     )

@@ -23,7 +23,7 @@ from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, counters, device_gu
 from qlinear.kernels.tiles import concat, decode_block, load_scales, padded_rows, scale_planes
 
 if TYPE_CHECKING:
-    from qlinear.pack import PackedWeight
+    from qlinear.packing import PackedWeight
 
 
 @triton.jit
@@ -174,8 +174,7 @@ def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, config: 
     Raises:
         ValueError: the layout, a dtype, a shape or a device does not fit.
     """
-    if packed.layout != "triton":
-        raise ValueError(f"the kernels read the layout 'triton', got {packed.layout!r}; use to_layout('triton')")
+    check_layout(packed)
     if x.dim() == 0 or x.shape[-1] != packed.in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be in_features = {packed.in_features}")
     x2d = x.reshape(-1, packed.in_features)
@@ -203,6 +202,12 @@ def matmul_tensors(
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
     launch(x, None, weight, scale, fmt, bias, y, x.shape[1], config)
     return y
+
+
+def check_layout(packed: PackedWeight) -> None:
+    """Raises a ValueError unless the weight is in the layout that the kernels read."""
+    if packed.layout != "triton":
+        raise ValueError(f"the kernels read the layout 'triton', got {packed.layout!r}; use to_layout('triton')")
 
 
 def check(x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, n: int, bias: Tensor | None) -> None:

@@ -1,12 +1,12 @@
 """qlinear: small, fast linear layers for PyTorch: ``qlinear.convert(model, "w4a16")`` swaps a model's in place."""
 
 from qlinear.checkpoint import load, save
-from qlinear.convert import convert, prepare, unprepare
+from qlinear.conversion import convert, prepare, unprepare
 from qlinear.format import FORMATS, Format, Scheme
-from qlinear.inspect import Inspection, inspect
+from qlinear.inspection import Inspection, inspect
 from qlinear.linear import QLinear
-from qlinear.pack import PackedWeight, pack
-from qlinear.validate import Validation, validate
+from qlinear.packing import PackedWeight, pack
+from qlinear.validation import Validation, validate
 
 __version__ = "0.1.0"
 

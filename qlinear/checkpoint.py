@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlinear.convert import candidates, prepare
+from qlinear.conversion import candidates, prepare
 from qlinear.linear import QLinear, float_shape
 
 #: Of ``quantization_config``; a loader refuses a newer one.
@@ -199,8 +199,7 @@ def _swap(model: nn.Module, quantization: dict[str, Any]) -> None:
         if id(old) not in made:
             made[id(old)] = QLinear(k, n, scheme, old.bias is not None, "meta", dtype, compute)
         for alias in layers[name].names:
-            parent, _, child = alias.rpartition(".")
-            setattr(model.get_submodule(parent), child, made[id(old)])
+            model.set_submodule(alias, made[id(old)])
 
 
 def _source_folder(model: nn.Module) -> Path | None:

@@ -16,7 +16,7 @@ from qlinear.bits import unpack_bits
 from qlinear.cpu_layout import from_plain, int4_tiles, row_order, zero_points
 from qlinear.format import Format
 from qlinear.layout import layout_of
-from qlinear.pack import expand_groups, scaled, signed
+from qlinear.packing import expand_groups, scaled, signed
 
 _int4_mm: Callable[..., Tensor] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _int8_mm: Callable[..., Tensor] = torch.ops.aten._weight_int8pack_mm.default

@@ -13,7 +13,7 @@ import torch
 from qlinear import ops, reference
 from qlinear.format import FORMATS, Format
 from qlinear.layout import native_layout
-from qlinear.pack import pack
+from qlinear.packing import pack
 from qlinear.tables import table
 
 _PACKAGES = ("qlinear", "torch", "triton", "numpy", "safetensors", "transformers", "accelerate", "gguf")

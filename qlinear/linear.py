@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qlinear import layout as layouts
 from qlinear import ops
 from qlinear.format import Format, Scheme
-from qlinear.pack import PackedWeight, pack_codes
+from qlinear.packing import PackedWeight, pack_codes
 from qlinear.quantize import quantize
 
 _BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from qlinear import cpu
 from qlinear.format import FORMATS, Format
 from qlinear.layout import layout_of
-from qlinear.pack import PackedWeight
+from qlinear.packing import PackedWeight
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -209,7 +209,7 @@ def linear(
     if (
         type(x) is not Tensor
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or is_in_torch_dispatch_mode()
         or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
     ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlinear.pack import PackedWeight
+from qlinear.packing import PackedWeight
 
 
 def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:

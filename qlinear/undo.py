@@ -75,8 +75,7 @@ class Undo:
 
     def _put(self, names: list[str], module: nn.Module) -> None:
         for name in names:
-            parent, _, child = name.rpartition(".")
-            setattr(self._model.get_submodule(parent), child, module)
+            self._model.set_submodule(name, module)
 
     def _restore(self) -> None:
         loaded: dict[Path, nn.Parameter] = {}

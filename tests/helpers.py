@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qlinear.format import Format
-from qlinear.pack import PackedWeight, dequantize_codes, pack, pack_codes
+from qlinear.packing import PackedWeight, dequantize_codes, pack, pack_codes
 from qlinear.quantize import Codes
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

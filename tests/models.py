@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qlinear.bits import pack_bits
 from qlinear.format import Format
-from qlinear.pack import PackedWeight
+from qlinear.packing import PackedWeight
 
 ROOT = Path(__file__).resolve().parents[1]
 

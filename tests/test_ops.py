@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import random_packed, relative_error, same_bits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlinear
 from qlinear import ops, reference
@@ -246,3 +247,28 @@ def test_a_device_without_kernels_of_its_own_still_computes():
         args, packed = arguments(fmt, layout="plain", dtype=torch.float32)
         y = ops._linear_any(*args)
         assert relative_error(y, reference.matmul(args[0], packed, args[4])) <= fmt.max_error(torch.float32)
+
+
+class Recorded(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+def test_whoever_watches_sees_one_operator():
+    """Eager calls go past the dispatcher; a dispatch mode and a trace get ``qlinear::linear``, same bits."""
+    layer = small_model("w8a8")[0]
+    x = torch.randn(1, K, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(x)
+        with Recorded() as recorded:
+            watched = layer(x)
+        traced = torch.jit.trace(layer, x, check_trace=False)
+    assert recorded.calls == [torch.ops.qlinear.linear.default]
+    assert "qlinear::linear" in str(traced.inlined_graph)
+    assert torch.equal(watched, expected) and torch.equal(traced(x), expected)

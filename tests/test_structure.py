@@ -15,13 +15,13 @@ FLOORS = [
     ["bits", "quantize"],
     ["cpu_layout"],
     ["layout"],
-    ["pack"],
+    ["packing"],
     ["reference", "cpu", "kernels"],
     ["ops"],
     ["linear"],
     ["undo"],
-    ["convert"],
-    ["inspect", "validate", "checkpoint"],
+    ["conversion"],
+    ["inspection", "validation", "checkpoint"],
     ["__init__"],
     ["doctor"],
     ["demo"],
@@ -89,7 +89,7 @@ def test_imports_go_down_only(path):
 
 def test_the_kernels_need_no_more_than_the_formats_and_packing():
     for path in KERNELS.glob("*.py"):
-        assert ours(path) <= {"format", "bits", "layout", "pack", "kernels"} | SHARED, relative(path)
+        assert ours(path) <= {"format", "bits", "layout", "packing", "kernels"} | SHARED, relative(path)
 
 
 def test_no_import_runs_in_a_circle():

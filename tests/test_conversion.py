@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 import qlinear
 from qlinear import QLinear
-from qlinear.convert import candidates
+from qlinear.conversion import candidates
 from qlinear.undo import Undo
 
 
@@ -502,7 +502,7 @@ def test_the_undo_log_writes_each_weight_once_and_no_more_than_it(monkeypatch):
             sizes.extend(f.stat().st_size for f in Path(self._folder.name).iterdir())
             super().__exit__(*error)
 
-    monkeypatch.setattr(sys.modules["qlinear.convert"], "Undo", Measured)
+    monkeypatch.setattr(sys.modules["qlinear.conversion"], "Undo", Measured)
     qlinear.convert(model, "w8a16")
     assert len(sizes) == 4 and max(sizes) < 64 * 64 * 4 + 4096
 

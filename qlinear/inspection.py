@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlinear.convert import candidates
+from qlinear.conversion import candidates
 from qlinear.linear import QLinear
 from qlinear.tables import human_bytes, table
 

@@ -9,7 +9,7 @@ from models import random_packed
 
 import qlinear
 from qlinear.bits import pack_bits, unpack_bits
-from qlinear.pack import PackedWeight
+from qlinear.packing import PackedWeight
 
 BITS = st.sampled_from([4, 8])
 SHAPES = st.lists(st.integers(1, 70), min_size=1, max_size=3)
