@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,17 @@ if not torch.cuda.is_available():
 def device() -> torch.device:
     """What the kernels run on: the GPU, or the CPU through the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny float language model with its tokenizer, as a Hugging Face folder in bfloat16."""
+    from models import byte_tokenizer, tiny_language_model
+
+    path = tmp_path_factory.mktemp("language_model")
+    tiny_language_model().bfloat16().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
 
 
 @pytest.fixture

@@ -95,6 +95,32 @@ def tiny_vit() -> nn.Module:
     return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4)).eval()
 
 
+def tiny_language_model(**changes: Any) -> Any:
+    """A tied Llama with a token for every byte, long enough to read text."""
+    import transformers
+
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
+        "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    config = transformers.LlamaConfig(**{**options, **changes})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def byte_tokenizer() -> Any:
+    """One token a byte; enough to be saved and loaded with the model."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i + 8 for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def logits(model: nn.Module) -> Tensor:
     """The model's output for one fixed input, whichever kind it takes."""
     g = torch.Generator().manual_seed(1)

