@@ -48,6 +48,23 @@ def decode(rounds: int, tokens: int, nf4: bool, path: Path | None) -> None:
     _report(show(rates), {"tokens_per_second": rates}, path)
 
 
+@cli.command()
+@click.option("--seeds", default="0,1,2", show_default=True, help="Of the off-grid twin, separated by commas.")
+@click.option("--schemes", default=None, help="Separated by commas; every int4 scheme by default.")
+@_JSON
+def rounding(seeds: str, schemes: str | None, path: Path | None) -> None:
+    """Perplexity of SmolLM2-135M with int4 weights: qlinear's rounding against plain absmax (a minute a row)."""
+    from bench.rounding import SCHEMES, measure, show
+    from qlinear.demo.source import find_model, load_model
+    from qlinear.demo.text import sample_ids
+
+    source = find_model()
+    ids = sample_ids(load_model(source)[1])
+    names = schemes.split(",") if schemes else SCHEMES
+    rows = measure(lambda: load_model(source, torch.bfloat16)[0], ids, [int(s) for s in seeds.split(",")], names)
+    _report(show(rows), {"rows": rows}, path)
+
+
 def _report(text: str, data: dict[str, Any], path: Path | None) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     machine = devices()

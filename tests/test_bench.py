@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import tiny_language_model
 
-from bench import linear
+from bench import linear, rounding
 from bench.timing import interleaved, rotating
 
 
@@ -35,3 +36,17 @@ def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlinear.cpu._int8_mm", lambda x, w, s: torch.zeros(len(x), len(w), dtype=x.dtype))
     with pytest.raises(RuntimeError, match="w8a16 is wrong here"):
         linear.measure(torch.bfloat16, [(64, 96)], seconds=0.001, rounds=1)
+
+
+def test_rounding_rows_and_their_ratio() -> None:
+    ids = torch.arange(2 * 40).view(2, 40)
+    rows = rounding.measure(tiny_language_model, ids, seeds=(0, 1), schemes=("w4a16-g32", "w4a16-channel-asym"))
+    assert [(row["scheme"], row["seed"]) for row in rows] == [
+        (scheme, seed) for seed in (0, 1) for scheme in ("w4a16-g32", "w4a16-channel-asym")
+    ]
+    # The twin computes the same function, whatever the seed; rounding changes it, and the search what rounding does.
+    assert rows[0]["float"] == pytest.approx(rows[2]["float"], rel=1e-3)
+    assert len({row[side] for row in rows for side in ("float", "absmax", "qlinear")}) == 10
+    made = [{"scheme": "s", "float": 10.0, "absmax": 14.0, "qlinear": 12.0, "seed": 0}] * 2
+    assert rounding.excess(made, "s", "absmax") == pytest.approx([0.4, 0.4])
+    assert "0.50x" in rounding.show(made)
