@@ -28,10 +28,15 @@ _AMPERE_TILES: _Tiles = {
     64: ((64, 64, 4),),
     128: ((128, 128, 8),),
 }
-_HOPPER_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 4), (16, 128, 4)), 64: ((64, 128, 4),)}
+_HOPPER_TILES: _Tiles = _AMPERE_TILES | {
+    8: ((8, 256, 4), (8, 128, 4)),
+    16: ((16, 256, 4), (16, 128, 4)),
+    64: ((64, 128, 4),),
+}
 _BLACKWELL_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 8),), 64: ((64, 128, 4),)}
-#: Groups of 32: the sums of four groups at a time, or their scales, do not fit into registers beside a wide tile.
+#: int8 in groups of 32: the scales of four groups do not fit into registers beside a wide tile of int8.
 _HOPPER_TILES_32: _Tiles = _HOPPER_TILES | {16: ((16, 128, 4),)}
+#: Groups of 32: nor do they fit beside a wide tile on Blackwell.
 _BLACKWELL_TILES_32: _Tiles = _BLACKWELL_TILES | {16: ((16, 128, 8),)}
 _AMD_TILES: _Tiles = {8: ((16, 128, 4),), 16: ((16, 128, 4),), 64: ((64, 128, 4),), 128: ((128, 128, 8),)}
 #: float32 is there to be right: three products for one leave no registers for more.
@@ -60,8 +65,11 @@ class Config:
     split_k: int = 1
 
     def scales_weight(self, fmt: Format) -> bool:
-        """Whether scales multiply the decoded weight rather than a group's sum: where the sum is the larger tile."""
-        return fmt.group_size is not None and 2 * self.block_m > fmt.group_size
+        """Whether scales multiply the decoded weight, two numbers an instruction, rather than a group's sum.
+
+        Where both cost the same, one product a block needs fewer registers and waits than one a group.
+        """
+        return fmt.group_size is not None and 2 * self.block_m >= fmt.group_size
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n}-w{self.num_warps}-s{self.num_stages}-k{self.split_k}"
@@ -98,8 +106,10 @@ def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability)
         return (_AMD_FLOAT32_TILES if dtype == torch.float32 else _AMD_TILES)[bucket]
     if dtype == torch.float32:
         return (_BLACKWELL_FLOAT32_TILES if capability[0] == 10 else _FLOAT32_TILES)[bucket]
-    if fmt.group_size == 32:
-        return {9: _HOPPER_TILES_32, 10: _BLACKWELL_TILES_32}.get(capability[0], _AMPERE_TILES)[bucket]
+    if fmt.group_size == 32 and capability[0] == 10:
+        return _BLACKWELL_TILES_32[bucket]
+    if fmt.group_size == 32 and fmt.bits == 8 and capability[0] == 9:
+        return _HOPPER_TILES_32[bucket]
     return {9: _HOPPER_TILES, 10: _BLACKWELL_TILES}.get(capability[0], _AMPERE_TILES)[bucket]
 
 

@@ -14,7 +14,7 @@ from qlinear.format import BLOCK_K, TILE_N, Format
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.matmul import check_layout, check_weight
 from qlinear.kernels.runtime import device_guard, target_of
-from qlinear.kernels.tiles import concat, decode_block, load_scales, padded_rows, scale_planes
+from qlinear.kernels.tiles import concat, decode_block, load_scales, padded_rows, scale_planes, scale_rows
 
 if TYPE_CHECKING:
     from qlinear.packing import PackedWeight
@@ -31,15 +31,14 @@ def _dequantize_kernel(
     """
     COUNT: tl.constexpr = 1 if GROUP is None else 128 // GROUP
     SLICES: tl.constexpr = PLANES if PLANES >= COUNT else COUNT
-    PARTS: tl.constexpr = 2 if OFFSET is None else 1
     blocks = tl.cdiv(K, 128)
     pid_n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     w_ptrs = w_ptr + (padded_rows(pid_n, blocks, N, ROWS) + block * 64)[:, None] * (128 // PLANES)
     w_ptrs += tl.arange(0, 128 // SLICES)[None, :]
     if GROUP is None:
-        s_ptrs = scale_ptr + padded_rows(pid_n, 1, N, ROWS) * PARTS
+        s_ptrs = scale_ptr + scale_rows(pid_n, 1, N, 0, COUNT, OFFSET, ROWS)
     else:
-        s_ptrs = scale_ptr + (padded_rows(pid_n, blocks * COUNT, N, ROWS) + block * (COUNT * 64)) * PARTS
+        s_ptrs = scale_ptr + scale_rows(pid_n, blocks, N, block, COUNT, OFFSET, ROWS)
     scales = load_scales(s_ptrs, COUNT, OFFSET, tl.float32)
     planes = decode_block(w_ptrs, scales, DECODE, PLANES, COUNT, OFFSET, False, tl.float32)
     planes = scale_planes(planes, scales, SLICES, COUNT, tl.float32)

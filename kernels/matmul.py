@@ -20,7 +20,8 @@ from qlinear.format import BLOCK_K, TILE_N, Format
 from qlinear.kernels.configs import Config, choose_config
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, counters, device_guard, target_of, unused
-from qlinear.kernels.tiles import concat, decode_block, load_scales, padded_rows, scale_planes
+from qlinear.kernels.tiles import TILE_N as TILE_ROWS
+from qlinear.kernels.tiles import concat, decode_block, load_scales, scale_planes, scale_rows
 
 if TYPE_CHECKING:
     from qlinear.packing import PackedWeight
@@ -97,14 +98,19 @@ def _matmul_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, SPAN)
 
-    w_ptrs = w_ptr + (padded_rows(pid_n, blocks, N, BLOCK_N) + first * 64)[:, None] * WORDS
-    w_ptrs += tl.arange(0, WORDS if PLANES >= COUNT else 128 // COUNT)[None, :]
+    # The tiles of a program lie within 2**31 words: 64-bit arithmetic is left to one address for all threads.
+    tile_words = blocks * (TILE_ROWS * WORDS)
+    first_tile, last_tile = pid_n * (BLOCK_N // TILE_ROWS), tl.cdiv(N, TILE_ROWS) - 1
+    w_base = w_ptr + first_tile.to(tl.int64) * tile_words + first * (TILE_ROWS * WORDS)
+    row = tl.arange(0, BLOCK_N)
+    w_offs = tl.minimum(row // TILE_ROWS, last_tile - first_tile) * tile_words + row % TILE_ROWS * WORDS
+    w_offs = w_offs[:, None] + tl.arange(0, WORDS if PLANES >= COUNT else 128 // COUNT)[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + first * 128 + offs_k[:, None]
     x_mask = (offs_m < M)[None, :]
     if GROUP is None:
-        s_ptrs = scale_ptr + padded_rows(pid_n, 1, N, BLOCK_N) * PARTS
+        s_ptrs = scale_ptr + scale_rows(pid_n, 1, N, 0, COUNT, OFFSET, BLOCK_N)
     else:
-        s_ptrs = scale_ptr + (padded_rows(pid_n, blocks * COUNT, N, BLOCK_N) + first * (COUNT * 64)) * PARTS
+        s_ptrs = scale_ptr + scale_rows(pid_n, blocks, N, first, COUNT, OFFSET, BLOCK_N)
     scales = load_scales(s_ptrs, COUNT, OFFSET, DT)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
@@ -118,7 +124,7 @@ def _matmul_kernel(
             else:
                 s_ptrs += tl.where(block + 1 < last, 64 * COUNT, 0)
                 next_scales = load_scales(s_ptrs, COUNT, OFFSET, DT)
-        planes = decode_block(w_ptrs, scales, DECODE, PLANES, COUNT, OFFSET, PTX, DT)
+        planes = decode_block(w_base + w_offs, scales, DECODE, PLANES, COUNT, OFFSET, PTX, DT)
         if SCALE_WEIGHT:
             planes = scale_planes(planes, scales, PLANES if PLANES >= COUNT else COUNT, COUNT, DT)
         for i in tl.static_range(128 // SPAN):
@@ -131,7 +137,7 @@ def _matmul_kernel(
                 acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
             else:
                 acc += tl.dot(w, x, input_precision=PRECISION) * scales[i].to(tl.float32)[:, None]
-        w_ptrs += 64 * WORDS
+        w_base += TILE_ROWS * WORDS
         x_ptrs += 128
         if GROUP is not None and OFFSET is not None:
             scales = next_scales
@@ -225,14 +231,16 @@ def check(x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, n: int, bias: T
 def check_weight(weight: Tensor, scale: Tensor, fmt: Format, n: int, k: int) -> None:
     """As :func:`check`, for the weight ``[n, k]`` alone."""
     tiles, blocks = -(-n // TILE_N), -(-k // BLOCK_K)
+    groups = fmt.groups(blocks * BLOCK_K)
     what = f"of {fmt} [{n}, {k}] in the layout 'triton'"
     dtype = torch.int8 if fmt.packing == "rows8" else torch.int16
     shape = (tiles, blocks, TILE_N, DECODERS[fmt.packing].words)
     if tuple(weight.shape) != shape or weight.dtype != dtype or not weight.is_contiguous():
         raise ValueError(f"the weight {what} is contiguous {dtype} {shape}, got {weight.dtype} {tuple(weight.shape)}")
-    shape = (tiles, fmt.groups(blocks * BLOCK_K), TILE_N) + (() if fmt.symmetric else (2,))
-    if tuple(scale.shape) != shape or not scale.is_floating_point() or not scale.is_contiguous():
-        raise ValueError(f"the scale {what} is contiguous floats {shape}, got {scale.dtype} {tuple(scale.shape)}")
+    pairs = fmt.groups_per_block
+    scales = (tiles, groups, TILE_N) if fmt.symmetric else (tiles, groups // pairs, TILE_N, 2 * pairs)
+    if tuple(scale.shape) != scales or not scale.is_floating_point() or not scale.is_contiguous():
+        raise ValueError(f"the scale {what} is contiguous floats {scales}, got {scale.dtype} {tuple(scale.shape)}")
     if not fmt.symmetric and scale.dtype.itemsize != 2:
         raise ValueError(f"the scale {what} shares a 32-bit word with its zero point: 16 bits, got {scale.dtype}")
     if scale.device != weight.device:

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,assignment"
 """One block of 128 along K of the prepared layout, for the rows of one program: addresses, scales, decoded planes.
 
-The layout is :mod:`qlinear.layout`'s: weight ``[N/64, K/128, 64, words]``, scale ``[N/64, G, 64]`` or, where zero
-points are stored, ``[N/64, G, 64, 2]``. ``GROUP`` is the format's group size, 128 where the scale belongs to the
-whole row.
+The layout is :mod:`qlinear.layout`'s: weight ``[N/64, K/128, 64, words]``; scale ``[N/64, G, 64]`` or, where zero
+points are stored, ``[N/64, G/C, 64, 2 * C]`` with the C groups of a block side by side. ``GROUP`` is the format's
+group size, None where the scale belongs to the whole row.
 """
 
 from __future__ import annotations
@@ -31,24 +31,53 @@ def padded_rows(pid_n, per_tile, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def scale_rows(pid_n, blocks, N, block, COUNT: tl.constexpr, OFFSET: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For each row of a program: where the scales of its groups in ``block`` begin (``blocks`` is 1 per channel)."""
+    if OFFSET is None:
+        return (padded_rows(pid_n, blocks, N, BLOCK_N) + block * TILE_N) * (COUNT * 2)
+    else:
+        return padded_rows(pid_n, blocks * COUNT, N, BLOCK_N) + block * (TILE_N * COUNT)
+
+
+@triton.jit
 def load_scales(ptrs, COUNT: tl.constexpr, OFFSET: tl.constexpr, DT: tl.constexpr):
     """The scales of ``COUNT`` neighbouring groups, then their zero points where these are stored (OFFSET is None).
 
     A scale is ``[rows]`` in the dtype it is stored in, a zero point a column ``[rows, 1]`` of DT: a small integer,
     exact in every dtype.
     """
-    scales = ()
-    zeros = ()
-    for g in tl.static_range(COUNT):
-        if OFFSET is None:
-            # Both are 16 bit wide: one 32-bit load for a row's pair.
-            pair = tl.load(ptrs[:, None] + (tl.arange(0, 2) + g * TILE_N * 2)[None, :])
-            scale, zero = tl.split(pair)
-            scales += (scale,)
-            zeros += (zero.to(tl.float32).to(DT)[:, None],)
-        else:
+    rows: tl.constexpr = ptrs.shape[0]
+    if OFFSET is None:
+        # One wide load for all of a row: in groups of 32 that takes 4 % off the instructions of the loop.
+        pairs = tl.load(ptrs[:, None] + tl.arange(0, 2 * COUNT)[None, :])
+        scale, zero = tl.split(tl.reshape(pairs, (rows, COUNT, 2)))
+        scales = _columns(scale, COUNT)
+        columns = _columns(zero, COUNT)
+        zeros = ()
+        for g in tl.static_range(COUNT):
+            zeros += (columns[g].to(tl.float32).to(DT)[:, None],)
+        return scales + zeros
+    else:
+        scales = ()
+        for g in tl.static_range(COUNT):
             scales += (tl.load(ptrs + g * TILE_N),)
-    return scales + zeros
+        return scales
+
+
+@triton.jit
+def _columns(t, COUNT: tl.constexpr):
+    """The columns of ``t`` ``[rows, COUNT]``, each ``[rows]``."""
+    rows: tl.constexpr = t.shape[0]
+    if COUNT == 1:
+        return (tl.reshape(t, (rows,)),)
+    elif COUNT == 2:
+        a, b = tl.split(t)
+        return (a, b)
+    else:
+        even, odd = tl.split(tl.reshape(t, (rows, 2, 2)))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        return (a, b, c, d)
 
 
 @triton.jit

@@ -62,6 +62,11 @@ class Format:
         """Scales in one row of ``in_features`` weights."""
         return 1 if self.group_size is None else -(-in_features // self.group_size)
 
+    @property
+    def groups_per_block(self) -> int:
+        """Groups that a block of the prepared GPU layout spans; 1 where a group is a block or longer."""
+        return 1 if self.group_size is None else max(1, BLOCK_K // self.group_size)
+
     def words(self, in_features: int) -> int:
         """int32 words in one row of the plain layout."""
         return -(-in_features * self.bits // 32)

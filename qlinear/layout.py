@@ -9,9 +9,9 @@ weights:
 - ``planar8``: int16 words ``[N/64, K/128, 64, 64]``; word ``i`` holds in byte ``j`` the code (value + 128) of ``k =
   128*block + 64*j + i``.
 - ``rows8``: int8 values ``[N/64, K/128, 64, 128]`` in natural order, for int8 x int8 products.
-- scales ``[N/64, G, 64]``, G counted on the padded K (1 per channel); where the format is asymmetric ``[N/64, G,
-  64, 2]`` holds scale and zero point (exact in 16 bit), so that one 32-bit load brings both. Padded rows and groups
-  have scale 0.
+- scales ``[N/64, G, 64]``, G counted on the padded K (1 per channel); where the format is asymmetric ``[N/64, G/C,
+  64, 2 * C]`` holds for a row scale and zero point (exact in 16 bit) of each of the C groups of a block in turn, so
+  that one load brings all of them. Padded rows and groups have scale 0.
 
 ``cpu`` is what PyTorch's packed CPU operators read: :mod:`qlinear.cpu_layout`.
 """
@@ -84,7 +84,9 @@ def _to_triton(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     scales = _tile_scales(scale, rows, groups)
     if zero is not None:
         zeros = unpack_bits(zero.t(), fmt.bits, n).t().to(scale.dtype)
-        scales = torch.stack((scales, _tile_scales(zeros, rows, groups)), dim=-1)
+        pairs = torch.stack((scales, _tile_scales(zeros, rows, groups)), dim=-1)
+        # [tiles, blocks, C, 64, 2] -> [tiles, blocks, 64, C, 2]
+        scales = pairs.unflatten(1, (-1, fmt.groups_per_block)).transpose(2, 3).flatten(3)
     return weight, scales.contiguous(), None if zero is None else zero.new_empty(0)
 
 
@@ -115,8 +117,9 @@ def _from_triton(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     codes = tiles.transpose(1, 2).flatten(2).flatten(0, 1)
     words = pack_bits(codes[:n, :k], fmt.bits)
     if zero is not None:
-        zeros = _untile_scales(scale[..., 1], fmt, n, k).to(torch.uint8)
-        zero, scale = pack_bits(zeros.t(), fmt.bits).t().contiguous(), scale[..., 0]
+        pairs = scale.unflatten(3, (fmt.groups_per_block, 2)).transpose(2, 3).flatten(1, 2)
+        zeros = _untile_scales(pairs[..., 1], fmt, n, k).to(torch.uint8)
+        zero, scale = pack_bits(zeros.t(), fmt.bits).t().contiguous(), pairs[..., 0]
     return words, _untile_scales(scale, fmt, n, k), zero
 
 

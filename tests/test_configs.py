@@ -72,9 +72,11 @@ def test_a_few_tokens_fill_an_h100(m, n, k):
 
 
 def test_scales_go_where_the_tile_is_smaller():
-    config = {m: choose_config(m, 4096, 4096, FORMATS["w4a16"], torch.float16, (9, 0), 132) for m in (1, 64, 128)}
-    assert [config[m].scales_weight(FORMATS["w4a16"]) for m in (1, 64, 128)] == [False, False, True]
-    assert [config[m].scales_weight(FORMATS["w4a16-g32"]) for m in (1, 64)] == [False, True]
+    config = {m: choose_config(m, 4096, 4096, FORMATS["w4a16"], torch.float16, (9, 0), 132) for m in (1, 16, 64, 128)}
+    assert [config[m].scales_weight(FORMATS["w4a16"]) for m in (1, 16, 64, 128)] == [
+        False, False, True, True
+    ]  # fmt: skip
+    assert [config[m].scales_weight(FORMATS["w4a16-g32"]) for m in (1, 16, 64)] == [False, True, True]
     assert not config[128].scales_weight(FORMATS["w4a16-channel"])
 
 
