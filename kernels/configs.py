@@ -91,6 +91,19 @@ def choose_config(
     return Config(*tile, _num_stages(*tile, fmt, dtype, capability), split)
 
 
+def dense_rows(m: int, n: int, k: int, itemsize: int, num_sms: int, l2_bytes: int) -> int:
+    """Rows of the weight to dequantize at a time for the vendor's matmul of x ``[m, k]``: a multiple of 128, or n.
+
+    As many as leave half of the L2 cache to everything else, so that what was dequantized is multiplied before it
+    leaves the cache and no large layer is ever held dense; but never so few that products of 128x128 leave
+    processors idle. By count, not yet by measurement.
+    """
+    cached = l2_bytes // 2 // (k * itemsize) // 128 * 128
+    filling = 128 * -(-num_sms // -(-m // 128))
+    slices = -(-n // max(cached, filling))
+    return n if slices == 1 else -(-n // slices // 128) * 128
+
+
 def shipped_configs(fmt: Format, dtype: torch.dtype, capability: Capability) -> Iterator[Config]:
     """Every configuration :func:`choose_config` can return, up to ``split_k``, which is not compiled in."""
     for tile in dict.fromkeys(tile for bucket in M_BUCKETS for tile in _tiles(bucket, fmt, dtype, capability)):

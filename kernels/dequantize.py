@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlinear.format import BLOCK_K, TILE_N, Format
+from qlinear.kernels.configs import dense_rows
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.matmul import check_layout, check_weight
 from qlinear.kernels.runtime import device_guard, target_of
@@ -76,6 +77,25 @@ def dequantize_tensors(
             weight, scale, y, out_features, in_features, **constexprs(fmt)
         )
     return y.to(dtype)
+
+
+def linear_tensors(
+    x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """``x @ W^T + bias`` for many tokens x ``[M, K]``: dequantizes some rows at a time for the vendor's matmul."""
+    (m, k), target = x.shape, target_of(weight.device)
+    rows = dense_rows(m, out_features, k, x.element_size(), target.num_sms, target.l2_bytes)
+    if rows >= out_features:
+        dense = dequantize_tensors(weight, scale, fmt, out_features, k, x.dtype)
+        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    check_weight(weight, scale, fmt, out_features, k)
+    y = torch.empty(m, out_features, dtype=x.dtype, device=x.device)
+    for start in range(0, out_features, rows):
+        stop = min(start + rows, out_features)
+        tiles = slice(start // TILE_N, -(-stop // TILE_N))
+        dense = dequantize_tensors(weight[tiles], scale[tiles], fmt, stop - start, k, x.dtype)
+        torch.mm(x, dense.t(), out=y[:, start:stop])
+    return y if bias is None else y.add_(bias)
 
 
 def constexprs(fmt: Format) -> dict[str, Any]:

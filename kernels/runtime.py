@@ -24,6 +24,7 @@ class Target(NamedTuple):
     capability: Capability
     num_sms: int
     interpreted: bool = False
+    l2_bytes: int = 50 << 20
 
     @property
     def nvidia(self) -> bool:
@@ -54,7 +55,7 @@ def _gpu_target(index: int) -> Target:
     capability: Capability = (properties.major, properties.minor)
     if torch.version.hip is not None:
         capability = properties.gcnArchName.split(":")[0]
-    return Target(capability, properties.multi_processor_count)
+    return Target(capability, properties.multi_processor_count, l2_bytes=properties.L2_cache_size)
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[object]:

@@ -17,8 +17,6 @@ from qlinear.packing import pack
 from qlinear.tables import table
 
 _PACKAGES = ("qlinear", "torch", "triton", "numpy", "safetensors", "transformers", "accelerate", "gguf")
-#: Tokens up to which the crossover between two paths is looked for.
-_MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class Diagnosis:
         rows = []
         for check in self.checks:
             error = f"{check.relative_error:.1e} {'ok' if check.ok else f'ABOVE {check.bound:g}'}"
-            path = "; ".join(name if m == 1 else f"from {m} tokens {name}" for m, name in check.paths.items())
-            rows.append((check.scheme, check.device, check.dtype, error, path, check.reason))
+            paths = ops.describe_paths(check.paths)
+            rows.append((check.scheme, check.device, check.dtype, error, paths, check.reason))
         return "\n".join([*lines, "", table(header, rows)])
 
 
@@ -114,18 +112,9 @@ def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:
     )
     wanted = reference.matmul(x, pack(weight, fmt.name, layout="plain"))
     error = ((y.cpu().double() - wanted).norm() / wanted.norm()).item()
-    paths, reason = _paths(fmt, device, dtype, packed.layout)
+    paths = ops.paths(fmt, dtype, device, packed.layout)
+    reason = ops.path(fmt, dtype, 1, device, packed.layout)[1]
     return Check(fmt.name, device, str(dtype).removeprefix("torch."), paths, reason, error, fmt.max_error(dtype))
-
-
-def _paths(fmt: Format, device: str, dtype: torch.dtype, layout: str) -> tuple[dict[int, str], str]:
-    """The paths by the number of tokens each begins at, and the reason for the first."""
-    paths: dict[int, str] = {}
-    for tokens in range(1, _MOST_TOKENS + 1):
-        name, _ = ops.path(fmt, dtype, tokens, device, layout)
-        if not paths or name != list(paths.values())[-1]:
-            paths[tokens] = name
-    return paths, ops.path(fmt, dtype, 1, device, layout)[1]
 
 
 def native_path(device: torch.device) -> str:

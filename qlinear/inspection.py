@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qlinear.conversion import candidates
 from qlinear.linear import QLinear
+from qlinear.ops import describe_paths, paths
 from qlinear.tables import human_bytes, table
 
 
@@ -24,6 +25,8 @@ class Row:
     layout: str | None
     #: Why it is in float; None where it is quantized.
     reason: str | None
+    #: How the layer multiplies where it is now, by the number of tokens each way begins at; None where it is in float.
+    paths: dict[int, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,15 @@ class Inspection:
         note = f"{len(self.quantized)} of {len(self.rows)} quantized, {ratio:.2f}x smaller"
         lines.append(("total", "", "", human_bytes(self.bytes_before), human_bytes(self.bytes_after), note))
         header = ("parameter", "shape", "scheme", "before", "after", "note")
-        return table(header, lines, right=(3, 4), rule_before_last=True)
+        return table(header, lines, right=(3, 4), rule_before_last=True) + self._paths()
+
+    def _paths(self) -> str:
+        """How the layers multiply, a line for each way."""
+        layers: dict[str, int] = {}
+        for row in self.quantized:
+            way = f"{row.scheme}: {describe_paths(row.paths or {})}"
+            layers[way] = layers.get(way, 0) + 1
+        return "".join(f"\n{count} x {way}" for way, count in layers.items())
 
 
 def inspect(model: nn.Module) -> Inspection:
@@ -87,9 +98,10 @@ def inspect(model: nn.Module) -> Inspection:
 def _packed_row(name: str, layer: QLinear) -> Row:
     shape = (layer.out_features, layer.in_features)
     before = layer.out_features * layer.in_features * layer.float_dtype.itemsize
-    return Row(
-        f"{name}.weight" if name else "weight", shape, layer.scheme, before, layer.packed.nbytes, layer.layout, None
-    )
+    dtype = layer.compute_dtype or layer.float_dtype
+    ways = paths(layer.format, dtype, layer.weight_packed.device.type, layer.layout, layer.in_features)
+    name = f"{name}.weight" if name else "weight"
+    return Row(name, shape, layer.scheme, before, layer.packed.nbytes, layer.layout, None, ways)
 
 
 def _float_row(name: str, parameter: Tensor, reason: str) -> Row:

@@ -11,6 +11,7 @@ weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,15 +27,19 @@ from qlinear.packing import PackedWeight
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
+#: Tokens up to which the crossover between two paths is looked for.
+_MOST_TOKENS = 4096
 #: Tokens from which a GPU dequantizes into scratch and uses the vendor's matmul: by count, not yet by measurement
 #: (at 8192x8192 the extra pass over the weight costs as much as a 16-bit product of about 230 tokens).
 GPU_DEQUANTIZE_TOKENS = 256
 
 
-def path(fmt: Format, dtype: torch.dtype, tokens: int, device_type: str, layout: str) -> tuple[str, str]:
+def path(
+    fmt: Format, dtype: torch.dtype, tokens: int, device_type: str, layout: str, in_features: int = 128
+) -> tuple[str, str]:
     """How a product of ``tokens`` rows is computed on a device, and why: ``(name, reason)``, for ``doctor``."""
     if device_type == "cpu":
-        return cpu.path(fmt, dtype, tokens, layout)
+        return cpu.path(fmt, dtype, tokens, layout, in_features)
     if layout != "triton":
         return "dequantize + F.linear", f"no kernel reads the {layout} layout on {device_type}"
     if fmt.integer_activations:
@@ -42,6 +47,28 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, device_type: str, layout:
     if tokens >= GPU_DEQUANTIZE_TOKENS and dtype != torch.float32:
         return "Triton dequantize + vendor matmul", f"{GPU_DEQUANTIZE_TOKENS} tokens or more"
     return "Triton matmul", "packed weights are decoded in registers" + (", split along K" if tokens <= 64 else "")
+
+
+def paths(fmt: Format, dtype: torch.dtype, device_type: str, layout: str, in_features: int = 128) -> dict[int, str]:
+    """Every path a layer takes on a device, by the number of tokens each begins at."""
+    return dict(_paths(fmt, dtype, device_type, layout, in_features))
+
+
+@functools.cache
+def _paths(
+    fmt: Format, dtype: torch.dtype, device_type: str, layout: str, in_features: int
+) -> tuple[tuple[int, str], ...]:
+    found: list[tuple[int, str]] = []
+    for tokens in range(1, _MOST_TOKENS + 1):
+        name, _ = path(fmt, dtype, tokens, device_type, layout, in_features)
+        if not found or name != found[-1][1]:
+            found.append((tokens, name))
+    return tuple(found)
+
+
+def describe_paths(found: dict[int, str]) -> str:
+    """The result of :func:`paths` in a line."""
+    return "; ".join(name if tokens == 1 else f"from {tokens} tokens {name}" for tokens, name in found.items())
 
 
 _library = torch.library.Library("qlinear", "DEF")
@@ -83,7 +110,7 @@ def _linear_cuda(
     if layout_of(weight) != "triton":
         return _linear_any(x, weight, scale, zero, bias, scheme, k, n)
     # Triton is imported where a GPU needs it, so that `import qlinear` works without either.
-    from qlinear.kernels.dequantize import dequantize_tensors
+    from qlinear.kernels.dequantize import linear_tensors
     from qlinear.kernels.int8 import int8_linear_tensors
     from qlinear.kernels.matmul import matmul_tensors
 
@@ -91,8 +118,7 @@ def _linear_cuda(
     if fmt.integer_activations:
         y = int8_linear_tensors(flat, weight, scale, fmt, n, bias)
     elif path(fmt, x.dtype, flat.shape[0], "cuda", "triton")[0] != "Triton matmul":
-        dense = dequantize_tensors(weight, scale, fmt, n, k, x.dtype)
-        y = F.linear(flat, dense, None if bias is None else bias.to(x.dtype))
+        y = linear_tensors(flat, weight, scale, fmt, n, bias)
     else:
         y = matmul_tensors(flat, weight, scale, fmt, n, bias)
     return y.view(*x.shape[:-1], n)

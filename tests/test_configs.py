@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlinear.format import FORMATS
-from qlinear.kernels.configs import M_BUCKETS, choose_config, shipped_configs
+from qlinear.kernels.configs import M_BUCKETS, choose_config, dense_rows, shipped_configs
 from qlinear.kernels.runtime import MAX_SPLIT_TILES
 
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), "gfx942", "gfx1100"]
@@ -78,6 +78,19 @@ def test_scales_go_where_the_tile_is_smaller():
     ]  # fmt: skip
     assert [config[m].scales_weight(FORMATS["w4a16-g32"]) for m in (1, 16, 64)] == [False, True, True]
     assert not config[128].scales_weight(FORMATS["w4a16-channel"])
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rows"),
+    [
+        (4096, 576, 576, 576),  # fits the cache whole
+        (4096, 28672, 8192, 1536),  # 1600 rows of 16 KiB are half of 50 MiB
+        (256, 8192, 8192, 8192),  # two tiles along M: 66 along N fill the processors
+        (1 << 20, 4096, 14336, 896),
+    ],
+)
+def test_rows_dequantized_at_a_time(m, n, k, rows):
+    assert dense_rows(m, n, k, 2, 132, 50 << 20) == rows
 
 
 @pytest.mark.parametrize(

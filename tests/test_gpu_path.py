@@ -9,6 +9,7 @@ from models import random_packed, relative_error
 import qlinear
 from qlinear import ops, reference
 from qlinear.format import FORMATS, Format
+from qlinear.kernels import dequantize as kernels_dequantize
 
 ALL = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 
@@ -28,6 +29,24 @@ def test_linear_takes_the_kernels(fmt: Format, tokens: int, device: torch.device
     y = ops._linear_cuda(x.to(device), *arguments)  # type: ignore[arg-type]
     assert y.shape == (1, tokens, 70) and y.dtype == torch.float16
     wanted = reference.matmul(x, plain, torch.linspace(-1, 1, 70))
+    assert relative_error(y.cpu(), wanted) <= fmt.max_error(torch.float16)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w4a16-channel", "w8a16"])
+def test_many_tokens_in_slices_of_the_weight(
+    scheme: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not fit the cache is dequantized some rows at a time: the same numbers, and never the whole matrix."""
+    fmt, tokens = FORMATS[scheme], ops.GPU_DEQUANTIZE_TOKENS
+    plain, arguments = _arguments(fmt, 300, 200, device)
+    rows: list[int] = []
+    real = kernels_dequantize.dequantize_tensors
+    monkeypatch.setattr(kernels_dequantize, "dense_rows", lambda *_: 128)
+    monkeypatch.setattr(kernels_dequantize, "dequantize_tensors", lambda *a: rows.append(a[3]) or real(*a))
+    x = torch.randn(tokens, 200).half()
+    y = ops._linear_cuda(x.to(device), *arguments)  # type: ignore[arg-type]
+    assert rows == [128, 128, 44]
+    wanted = reference.matmul(x, plain, torch.linspace(-1, 1, 300))
     assert relative_error(y.cpu(), wanted) <= fmt.max_error(torch.float16)
 
 

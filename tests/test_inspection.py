@@ -7,6 +7,7 @@ from models import tiny_gpt2, tiny_llama
 from torch import nn
 
 import qlinear
+from qlinear import cpu
 from qlinear.format import FORMATS
 
 
@@ -60,6 +61,10 @@ def test_table_and_data() -> None:
     report = qlinear.inspect(qlinear.convert(tiny_llama(), "w4a16"))
     lines = str(report).splitlines()
     assert lines[0].split() == ["parameter", "shape", "scheme", "before", "after", "note"]
-    assert lines[-1].startswith("total") and "15 of 21 quantized" in lines[-1]
+    assert lines[-2].startswith("total") and "15 of 21 quantized" in lines[-2]
+    assert lines[-1] == "15 x w4a16: dequantize + F.linear"  # float32 has no packed operator on a CPU
+    on_cpu = qlinear.inspect(qlinear.convert(tiny_llama().bfloat16(), {"lm_head": None, "*": "w4a16"}))
+    few = f"aten::_weight_int4pack_mm_for_cpu; from {cpu.INT4_TOKENS + 1} tokens dequantize + F.linear"
+    assert str(on_cpu).splitlines()[-1] == f"14 x w4a16: {few}"
     data = report.to_dict()
     assert data["bytes_after"] == sum(row["bytes_after"] for row in data["parameters"]) < data["bytes_before"]
