@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,80 @@ def rounding(seeds: str, schemes: str | None, path: Path | None) -> None:
     names = schemes.split(",") if schemes else SCHEMES
     rows = measure(lambda: load_model(source, torch.bfloat16)[0], ids, [int(s) for s in seeds.split(",")], names)
     _report(show(rows), {"rows": rows}, path)
+
+
+@cli.command()
+@click.option("--models", help="Separated by commas; on a CPU by default SmolLM2's layers and 4096x4096, else all.")
+@click.option("--schemes", help="Separated by commas; int4, int8 and int8 x int8 by default.")
+@click.option("--tokens", help="Numbers of tokens M, separated by commas; 1,16,128 on a CPU.")
+@click.option("--dtype", "dtypes", default="bfloat16", show_default=True, help="Or float16, float32, several.")
+@click.option("--device", help="cuda or cpu; the GPU if there is one.")
+@click.option("--seconds", default=0.3, show_default=True, help="Per side and row.")
+@click.option("--threads", type=click.IntRange(1), help="Of a CPU; as many as torch takes by default.")
+@click.option("--peers/--no-peers", "peers", default=True, help="Compare with every peer that is installed.")
+@click.option("--peer", "names", multiple=True, help="Only this one; may be repeated.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Write pictures into this folder.")
+@_JSON
+def matmul(
+    models: str | None,
+    schemes: str | None,
+    tokens: str | None,
+    dtypes: str,
+    device: str | None,
+    seconds: float,
+    threads: int | None,
+    peers: bool,
+    names: tuple[str, ...],
+    plots: Path | None,
+    path: Path | None,
+) -> None:
+    """One product: schemes against 16-bit F.linear, the machine's floor and every peer, correctness checked first."""
+    from bench import matmul as bench
+    from bench.peers import choose
+    from bench.peers import versions as peer_versions
+    from bench.plots import plot, show
+
+    if plots is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException("--plots needs matplotlib: pip install 'qlinear[bench]'")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        jobs = bench.jobs(models, schemes, tokens, dtypes, device, seconds, choose(names or None) if peers else ())
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    rows = [row for layers, settings in jobs for row in bench.measure(layers, settings)]
+    _report(show(rows), {"peers": peer_versions(), "rows": rows}, path)
+    for picture in plot(rows, plots) if plots is not None else ():
+        click.echo(f"wrote {picture}")
+    if any(row["us"] is None for row in rows):
+        raise click.ClickException("some results are wrong or could not be computed: see the notes above")
+
+
+@cli.command()
+@click.option("--arch", "archs", multiple=True, default=("sm_90",), show_default=True, help="May be repeated, or: all.")
+@click.option("--models", help="Separated by commas; all of bench/problems.py by default.")
+@click.option("--schemes", help="Separated by commas; all by default.")
+@click.option("--dump", type=click.Path(file_okay=False, path_type=Path), help="Keep the cubins in this folder.")
+@_JSON
+def audit(
+    archs: tuple[str, ...], models: str | None, schemes: str | None, dump: Path | None, path: Path | None
+) -> None:
+    """What every kernel that ships costs, from its machine code, and times predicted from it; needs no GPU."""
+    from bench.audit import CAPABILITIES
+    from bench.audit_tables import run
+    from bench.problems import LAYERS
+    from qlinear.format import FORMATS
+
+    chosen = list(CAPABILITIES) if "all" in archs else archs
+    names = schemes.split(",") if schemes else list(FORMATS)
+    for what, given, known in (("architecture", chosen, CAPABILITIES), ("scheme", names, FORMATS)):
+        if unknown := [name for name in given if name not in known]:
+            raise click.ClickException(f"there is no {what} {unknown[0]!r} here, but: {', '.join(known)}")
+    try:
+        text, data = run(chosen, models.split(",") if models else list(LAYERS), names, dump)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    _report(text, data, path)
 
 
 def _report(text: str, data: dict[str, Any], path: Path | None) -> None:

@@ -1,4 +1,8 @@
-"""Timing on a machine that others share: the sides take turns, and medians are compared."""
+"""Timing on a machine that others share: the sides take turns, and medians are compared.
+
+On a GPU a side is a CUDA graph of its calls, timed by the device's own clock: what Python and the launches cost is not
+in it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,17 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
+
+#: Calls in one CUDA graph: few enough to capture quickly, many enough that a replay outlasts its launch.
+_FEWEST_CALLS, _MOST_CALLS = 32, 512
+#: Seconds of one turn on a CPU.
+_TURN = 5e-4
 
 
 def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, float]:
@@ -29,7 +41,84 @@ def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int, seconds:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def in_turns(sides: Mapping[str, Callable[[], object]], seconds: float, least: int = 7) -> dict[str, float]:
+    """Median seconds per call of each side over many short turns, until each has had ``seconds`` and ``least`` turns.
+
+    Turns of half a millisecond: where other programs stall some of them, most are undisturbed, and so is the median.
+    """
+    calls, times = {}, {name: list[float]() for name in sides}
+    for name, call in sides.items():
+        call()
+        calls[name] = max(1, int(_TURN / max(_clock(call, 1), 1e-7)))
+    spent = dict.fromkeys(sides, 0.0)
+    while waiting := [name for name in sides if spent[name] < seconds or len(times[name]) < least]:
+        for name in waiting:
+            took = _clock(sides[name], calls[name])
+            spent[name] += took
+            times[name].append(took / calls[name])
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _clock(call: Callable[[], object], count: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    return time.perf_counter() - begin
+
+
 def rotating(items: Sequence[T], call: Callable[[T], object]) -> Callable[[], object]:
     """A call that takes the next item each time: weights that rotate do not stay in the cache."""
     cycle = itertools.cycle(items)
     return lambda: call(next(cycle))
+
+
+@cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """One stream for every capture: the kernels keep counters for each stream they see."""
+    return torch.cuda.Stream(index)
+
+
+def capture(calls: Sequence[Callable[[], object]], device: torch.device) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of the calls, in order; the first of them runs before, so that nothing is compiled meanwhile."""
+    stream = _capture_stream(torch.cuda.current_device() if device.index is None else device.index)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            calls[0]()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph
+
+
+def replayed(
+    sides: Mapping[str, Sequence[Callable[[], object]]], rounds: int, seconds: float, device: torch.device
+) -> dict[str, float]:
+    """Median seconds per call on a GPU, as :func:`interleaved`; a side is the calls its graph goes through in order."""
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int, int]] = {}
+    for name, side in sides.items():
+        whole = side[:_MOST_CALLS]
+        calls = list(whole) * -(-_FEWEST_CALLS // len(whole))
+        graph = capture(calls, device)
+        _elapsed(graph, 1, device)
+        once = _elapsed(graph, 1, device)
+        graphs[name] = graph, len(calls), max(1, int(seconds / rounds / max(once, 1e-6)))
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, (graph, calls_in_graph, replays) in graphs.items():
+            times[name].append(_elapsed(graph, replays, device) / replays / calls_in_graph)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _elapsed(graph: torch.cuda.CUDAGraph, replays: int, device: torch.device) -> float:
+    """Seconds that the device spends on that many replays."""
+    with torch.cuda.device(device):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3

@@ -1,0 +1,109 @@
+"""The sides of a comparison: how a product is called, over copies of the weight that do not stay in the cache."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qlinear import ops
+from qlinear.packing import PackedWeight
+
+#: Weights of a side rotate over this many times the last cache, but are never more than so many copies.
+_CACHES, _MOST_COPIES = 3, {"cpu": 64, "cuda": 512}
+#: Last cache of a CPU whose system does not say.
+_CPU_CACHE = 32 << 20
+
+
+class Unavailable(Exception):
+    """A peer cannot do this problem here; the message says why."""
+
+
+def _same(x: Tensor) -> Any:
+    return x
+
+
+@dataclass
+class Side:
+    """One way of computing the product: a call for each copy of the weight, on what ``prepare`` makes of x."""
+
+    calls: list[Callable[[Any], Any]]
+    #: Not timed.
+    prepare: Callable[[Tensor], Any] = _same
+    #: Not timed: what ``calls`` returned, and what it was given, to the product.
+    finish: Callable[[Any, Any], Tensor] = lambda y, _: y
+    #: An operator that must have run, where a slower path exists: a path nobody would use is no baseline.
+    operator: str | None = None
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product by the first copy."""
+        prepared = self.prepare(x)
+        return self.finish(self.calls[0](prepared), prepared)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text.removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return _CPU_CACHE
+
+
+def float_side(weight: Tensor) -> Side:
+    """``F.linear`` in the weight's dtype, whatever the dtype of x."""
+    count = _copies(weight.nbytes, weight.device)
+    weights = [weight, *(weight.clone() for _ in range(count - 1))]
+    return Side([_float_call(w) for w in weights], lambda x: x.to(weight.dtype))
+
+
+def packed_side(packed: PackedWeight) -> Side:
+    """qlinear's operator."""
+    count = _copies(packed.nbytes, packed.device)
+    clones = (replace(packed, weight=packed.weight.clone(), scale=packed.scale.clone()) for _ in range(count - 1))
+    return Side([_packed_call(p) for p in (packed, *clones)])
+
+
+def _copies(size: int, device: torch.device) -> int:
+    return max(2, min(_MOST_COPIES[device.type], -(-_CACHES * cache_bytes(device) // size)))
+
+
+def _float_call(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.linear(x, weight)
+
+
+def _packed_call(p: PackedWeight) -> Callable[[Tensor], Tensor]:
+    name = p.format.name
+    return lambda x: ops.linear(x, p.weight, p.scale, p.zero_point, None, name, p.in_features, p.out_features)
+
+
+def operators(call: Callable[[], object]) -> set[str]:
+    """The names of the operators that a call runs on the CPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        call()
+    return {event.key for event in trace.key_averages()}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What peers warn of, and log while they are imported, is theirs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
