@@ -1,7 +1,7 @@
 """GPUs by their makers' public figures: what a count is turned into a time with, and a time into a share of the floor.
 
-Sources: NVIDIA's data sheets and architecture white papers of the A100, Ada, H100, H200 and Blackwell; tensor figures are
-dense, with float32 sums (int32 for int8).
+Sources: NVIDIA's data sheets and architecture white papers of the A100, Ada, H100, H200 and Blackwell; tensor figures
+are dense, with float32 sums (int32 for int8).
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class Machine:
     registers: int = 65536
 
     @property
+    def arch(self) -> str:
+        """As in ``sm_90``."""
+        return arch_name(self.capability)
+
+    @property
     def stream_bytes_per_s(self) -> float:
         """Bytes per second that a kernel can hope to read from memory."""
         return self.memory_bytes_per_s * STREAMED
@@ -39,6 +44,10 @@ class Machine:
     def slots_per_s(self) -> float:
         """Thread-instructions per second: four schedulers a multiprocessor, one warp instruction each a clock."""
         return self.sms * 4 * 32 * self.clock_hz
+
+
+def arch_name(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0] * 10 + capability[1]}"
 
 
 MACHINES: dict[str, Machine] = {

@@ -1,0 +1,152 @@
+"""Compiles kernels without a GPU, in worker processes, and disassembles them with the tool in the Triton package.
+
+Run as a program this file is the worker: Triton cannot compile in a process that interprets. It reads a job from
+each line and answers with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bench.machines import arch_name
+from bench.sass import Instruction, parse
+from qlinear.format import FORMATS, Format
+from qlinear.kernels.configs import Config
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel: ``config`` is without split-K, which is not compiled in."""
+
+    scheme: str
+    dtype: str
+    capability: tuple[int, int]
+    config: Config
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.scheme]
+
+    def __str__(self) -> str:
+        tile = str(self.config).rpartition("-k")[0]
+        return f"{self.scheme}-{self.dtype}-{arch_name(self.capability)}-{tile}"
+
+
+def compile_all(jobs: Sequence[Job], dump: Path) -> dict[Job, dict[str, Any]]:
+    """Compiles in worker processes, each taking the largest tile that is left; says what each kernel uses.
+
+    Raises:
+        RuntimeError: one does not compile.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    queue = deque(sorted(jobs, key=lambda job: job.config.block_m * job.config.block_n, reverse=True))
+    results: dict[Job, dict[str, Any]] = {}
+    progress = tqdm(total=len(jobs), desc="compiling", unit="kernel", disable=None)
+
+    def serve() -> None:
+        command = [sys.executable, "-m", "bench.cubins", str(dump)]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as worker:
+            assert worker.stdin is not None and worker.stdout is not None
+            while queue and worker.poll() is None:
+                job = queue.popleft()
+                print(json.dumps(asdict(job)), file=worker.stdin, flush=True)
+                results[job] = json.loads(worker.stdout.readline() or '{"error": "the compiler crashed"}')
+                progress.update()
+
+    with progress, ThreadPoolExecutor(WORKERS) as pool:
+        for served in [pool.submit(serve) for _ in range(min(WORKERS, len(jobs)))]:
+            served.result()
+    for job in jobs:
+        if "cubin" not in results.get(job, {}):
+            raise RuntimeError(f"{job} does not compile: {results.get(job, {}).get('error', 'no worker is left')}")
+    return results
+
+
+def text_section(cubin: bytes) -> bytes:
+    """The machine code of the only function in a cubin (64-bit ELF)."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    start = sections[names][4]
+    code = [
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin[start + name :].startswith(b".text.")
+    ]
+    if len(code) != 1:
+        raise ValueError(f"expected one function in the cubin, found {len(code)}")
+    return code[0]
+
+
+def disassemble(cubins: Sequence[bytes], capability: tuple[int, int]) -> list[list[Instruction]]:
+    """The instructions of each cubin, addresses from 0.
+
+    All in one run: nvdisasm takes half a second to start and a tenth for a kernel. It takes one raw stretch of code,
+    and branches are relative to their own address.
+    """
+    import triton
+
+    codes = [text_section(cubin) for cubin in cubins]
+    number = capability[0] * 10 + capability[1]
+    # Warpgroup and tcgen05 instructions exist in the architecture-specific sets only.
+    arch = f"SM{number}a" if number >= 90 else f"SM{number}"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [str(tool), "-ndf", "-b", arch, file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    everything, result, begin = parse(listing), [], 0
+    for code in codes:
+        end = begin + len(code)
+        result.append([_moved(i, begin) for i in everything if begin <= i.address < end])
+        begin = end
+    return result
+
+
+def _moved(i: Instruction, by: int) -> Instruction:
+    operands = i.operands
+    if i.target is not None:
+        operands = operands[: operands.rindex("0x")] + hex(i.target - by)
+    return Instruction(i.address - by, i.predicate, i.opcode, operands)
+
+
+def _work(dump: Path) -> None:
+    from qlinear.kernels.compile import compile_matmul, usage
+
+    for line in sys.stdin:
+        fields = json.loads(line)
+        job = Job(fields["scheme"], fields["dtype"], tuple(fields["capability"]), Config(**fields["config"]))
+        try:
+            compiled = compile_matmul(job.format, DTYPES[job.dtype], job.config, job.capability)
+            (dump / f"{job}.cubin").write_bytes(compiled.asm["cubin"])
+            used = asdict(usage(compiled))
+            result = {name: used[name] for name in ("registers", "spilled", "shared")}
+            result |= {"tensor_columns": compiled.metadata.tmem_size or 0, "cubin": f"{job}.cubin"}
+        except Exception as error:
+            result = {"error": repr(error)}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]))
