@@ -140,6 +140,29 @@ def audit(
     _report(text, data, path)
 
 
+@cli.command()
+@click.option(
+    "--out", "folder", required=True, type=click.Path(file_okay=False, path_type=Path), help="For the results."
+)
+@click.option("--minutes", default=8.0, show_default=True, type=click.FloatRange(1.0), help="At most.")
+@click.option("--stage", "names", multiple=True, help="Only this one; may be repeated.")
+def gpu(folder: Path, minutes: float, names: tuple[str, ...]) -> None:
+    """Everything on a GPU: tests, numerics, determinism, speed against the vendor's, launches, tuning; resumable."""
+    from bench.gpu import STAGES, good, run
+
+    if not torch.cuda.is_available():
+        click.echo("Error: no CUDA or ROCm device is here; this command measures one", err=True)
+        raise SystemExit(2)
+    known = [stage.name for stage in STAGES]
+    if unknown := [name for name in names if name not in known]:
+        raise click.ClickException(f"there is no stage {unknown[0]!r}; the stages are: {', '.join(known)}")
+    stages = [stage for stage in STAGES if not names or stage.name in names]
+    results = run(folder, minutes, stages)
+    click.echo((folder / "summary.md").read_text())
+    if not good(results, stages):
+        raise click.ClickException(f"not everything is right or done: see {folder / 'summary.md'}")
+
+
 def _report(text: str, data: dict[str, Any], path: Path | None) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     machine = devices()

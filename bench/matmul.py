@@ -280,7 +280,7 @@ def _row(
     row: Row = {"scheme": scheme, "path": path, "packed_bytes": packed.nbytes, "copies": len(entry.side.calls)}
     row |= {"float_us": floats, "peers_us": made, "peers_skipped": reasons}
     if scheme not in times:
-        return row | {"us": None, "error": skipped[scheme]}
+        return row | {"us": None, "error": skipped.get(scheme, "could not be timed")}
     seconds = times[scheme]
     row |= {"us": seconds * 1e6, "tflops": 2e-12 * m * n * k / seconds, "gbps": packed.nbytes / seconds / 1e9}
     machine = machine_of(settings.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TypeVar
@@ -96,16 +97,25 @@ def capture(calls: Sequence[Callable[[], object]], device: torch.device) -> torc
 def replayed(
     sides: Mapping[str, Sequence[Callable[[], object]]], rounds: int, seconds: float, device: torch.device
 ) -> dict[str, float]:
-    """Median seconds per call on a GPU, as :func:`interleaved`; a side is the calls its graph goes through in order."""
+    """Median seconds per call on a GPU, as :func:`interleaved`; a side is the calls its graph goes through in order.
+
+    A side that cannot be captured has no time.
+    """
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int, int]] = {}
     for name, side in sides.items():
         whole = side[:_MOST_CALLS]
         calls = list(whole) * -(-_FEWEST_CALLS // len(whole))
-        graph = capture(calls, device)
+        try:
+            graph = capture(calls, device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            warnings.warn(f"{name} cannot be captured into a CUDA graph: {error}", stacklevel=2)
+            continue
         _elapsed(graph, 1, device)
         once = _elapsed(graph, 1, device)
         graphs[name] = graph, len(calls), max(1, int(seconds / rounds / max(once, 1e-6)))
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, (graph, calls_in_graph, replays) in graphs.items():
             times[name].append(_elapsed(graph, replays, device) / replays / calls_in_graph)
