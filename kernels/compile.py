@@ -16,6 +16,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from qlinear.format import BLOCK_K, Format
 from qlinear.kernels.configs import Config
+from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.dequantize import _dequantize_kernel
 from qlinear.kernels.dequantize import constexprs as dequantize_constexprs
 from qlinear.kernels.int8 import _quantize_kernel, quantize_options
@@ -59,17 +60,17 @@ def compile_matmul(
     scale_dtype = scale_dtype or fmt.scale_dtype(dtype)
     pointers: dict[str, torch.dtype | None] = {
         "x_ptr": x_dtype,
-        "w_ptr": _word(fmt),
+        "w_ptr": DECODERS[fmt.packing].dtype,
         "scale_ptr": scale_dtype,
         "x_scale_ptr": torch.float32 if fmt.integer_activations else None,
         "bias_ptr": dtype if bias else None,
         "y_ptr": dtype,
-        "partial_ptr": torch.int32 if fmt.integer_activations else torch.float32,
+        "partial_ptr": torch.int32 if fmt.integer_sums else torch.float32,
         "counter_ptr": torch.int32,
     }
     constants = constexprs(fmt, x_dtype, in_features, config, Target(capability, 132))
     integers = {"N": 4096, "K": in_features, "stride_xm": in_features if row_stride is None else row_stride}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = config.options(fmt, capability)
     return compile_kernel(_matmul_kernel, pointers, integers, constants, options, capability)
 
 
@@ -87,13 +88,13 @@ def compile_dequantize(
 ) -> CompiledKernel:
     """The kernel that writes the dense weight in ``dtype``."""
     scale_dtype = scale_dtype or fmt.scale_dtype(dtype)
-    pointers: dict[str, torch.dtype | None] = {"w_ptr": _word(fmt), "scale_ptr": scale_dtype, "y_ptr": dtype}
+    pointers: dict[str, torch.dtype | None] = {
+        "w_ptr": DECODERS[fmt.packing].dtype,
+        "scale_ptr": scale_dtype,
+        "y_ptr": dtype,
+    }
     integers = {"N": 4096, "K": 4096}
     return compile_kernel(_dequantize_kernel, pointers, integers, dequantize_constexprs(fmt), {}, capability)
-
-
-def _word(fmt: Format) -> torch.dtype:
-    return torch.int8 if fmt.packing == "rows8" else torch.int16
 
 
 def compile_kernel(

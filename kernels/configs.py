@@ -34,9 +34,9 @@ _HOPPER_TILES: _Tiles = _AMPERE_TILES | {
     64: ((64, 128, 4),),
 }
 _BLACKWELL_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 8),), 64: ((64, 128, 4),)}
-#: int8 in groups of 32: the scales of four groups do not fit into registers beside a wide tile of int8.
-_HOPPER_TILES_32: _Tiles = _HOPPER_TILES | {16: ((16, 128, 4),)}
-#: Groups of 32: nor do they fit beside a wide tile on Blackwell.
+#: int8 in groups: their scales do not fit into registers beside a wide tile.
+_HOPPER_TILES_INT8_GROUPS: _Tiles = _HOPPER_TILES | {16: ((16, 128, 4),)}
+#: Groups of 32: the scales of four groups do not fit into registers beside a wide tile.
 _BLACKWELL_TILES_32: _Tiles = _BLACKWELL_TILES | {16: ((16, 128, 8),)}
 _AMD_TILES: _Tiles = {8: ((16, 128, 4),), 16: ((16, 128, 4),), 64: ((64, 128, 4),), 128: ((128, 128, 8),)}
 #: float32 is there to be right: three products for one leave no registers for more.
@@ -69,7 +69,17 @@ class Config:
 
         Where both cost the same, one product a block needs fewer registers and waits than one a group.
         """
-        return fmt.group_size is not None and 2 * self.block_m >= fmt.group_size
+        return fmt.group_size is not None and not fmt.integer_activations and 2 * self.block_m >= fmt.group_size
+
+    def options(self, fmt: Format, capability: Capability) -> dict[str, int]:
+        """What the kernel is compiled with, beside its constants."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # Left to itself ptxas stops at 128 or 168 registers, where one more program would fit a processor, and spills
+        # the scales of int8 groups. Told that it may, it takes 140 or 230, and two programs still fit.
+        int8_groups = fmt.bits == 8 and fmt.group_size is not None
+        if int8_groups and self.num_warps == 4 and not isinstance(capability, str) and capability[0] != 9:
+            options["maxnreg"] = 255
+        return options
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n}-w{self.num_warps}-s{self.num_stages}-k{self.split_k}"
@@ -121,8 +131,8 @@ def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability)
         return (_BLACKWELL_FLOAT32_TILES if capability[0] == 10 else _FLOAT32_TILES)[bucket]
     if fmt.group_size == 32 and capability[0] == 10:
         return _BLACKWELL_TILES_32[bucket]
-    if fmt.group_size == 32 and fmt.bits == 8 and capability[0] == 9:
-        return _HOPPER_TILES_32[bucket]
+    if fmt.group_size is not None and fmt.bits == 8 and capability[0] == 9:
+        return _HOPPER_TILES_INT8_GROUPS[bucket]
     return {9: _HOPPER_TILES, 10: _BLACKWELL_TILES}.get(capability[0], _AMPERE_TILES)[bucket]
 
 
@@ -149,5 +159,5 @@ def _num_stages(
     tokens = block_m * BLOCK_K * (1 if fmt.integer_activations else dtype.itemsize)
     # The rest is for scales and changes of layout. Tokens are consumed in place, as int8 weights are where tokens are
     # int8; a weight that is decoded has left its buffer.
-    spare = 0 if fmt.integer_activations else 1
+    spare = 0 if fmt.integer_activations and fmt.bits == 8 else 1
     return next((s for s in (4, 3) if (s - spare) * weight + s * tokens + (6 << 10) <= budget), 2)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,assignment"
-"""W8A8: tokens are rounded to int8, each with its own scale, and multiplied by the loop of matmul.py."""
+"""W8A8 and W4A8: tokens are rounded to int8, each with its own scale, and multiplied by the loop of matmul.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlinear.kernels.runtime import device_guard, target_of
 #: A row up to this long stays in registers between finding its largest value and writing it.
 _MAX_BLOCK = 8192
 
-#: 127 * 128 * MAX_IN_FEATURES < 2**31.
+#: 127 * 128 * MAX_IN_FEATURES < 2**31; 128 is also 16 times the largest int4, as decode_nibbles8 has it.
 MAX_IN_FEATURES = 1 << 17
 
 

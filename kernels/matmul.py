@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _store_output(acc, y_ptr, scale, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N):
-    """y[m, n] = acc[n, m] * scale[n] * x_scale[m] + bias[n], cast once; scale, x_scale and bias may be None."""
+def _store_output(acc, y_ptr, scale, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N, UNIT: tl.constexpr):
+    """y[m, n] = acc[n, m] * UNIT * scale[n] * x_scale[m] + bias[n], cast once; scale, x_scale and bias may be None."""
     acc = acc.to(tl.float32)
     if scale is not None:
-        acc *= scale.to(tl.float32)[:, None]
+        acc *= (scale.to(tl.float32) * UNIT)[:, None]
     if x_scale_ptr is not None:
         acc *= tl.load(x_scale_ptr + offs_m, mask=offs_m < M, other=0.0)[None, :]
     if bias_ptr is not None:
@@ -70,17 +70,19 @@ def _share_partials(
 def _matmul_kernel(
     x_ptr, w_ptr, scale_ptr, x_scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K, stride_xm, splits,
     DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
-    MASK_K: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_K: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] * (code[n, k] - zero[n, k // GROUP]) * scale[n, k // GROUP] * x_scale[m] + bias[n]
 
     x: [M, K], rows stride_xm apart. y: [M, N] contiguous. x_scale: float32 [M] or None. bias: [N] or None.
     w, scale: prepared layout (see tiles.py); GROUP is None where a scale belongs to a whole row. partial, counter:
-    see _share_partials, not used where splits is 1. Products are x's, the sum is float32, or int32 for int8.
+    see _share_partials, not used where splits is 1. Products are x's, the sum is float32, or int32 for a row of int8
+    products. UNIT: what decoded int8 numbers count in.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
-    ACC: tl.constexpr = tl.int32 if DT == tl.int8 else tl.float32
+    PRODUCT: tl.constexpr = tl.int32 if DT == tl.int8 else tl.float32
+    ACC: tl.constexpr = PRODUCT if GROUP is None else tl.float32
     WORDS: tl.constexpr = 128 // PLANES
     COUNT: tl.constexpr = 1 if GROUP is None else 128 // GROUP
     # What is stored per group: a scale, or a scale and a zero point.
@@ -136,7 +138,8 @@ def _matmul_kernel(
             if GROUP is None or SCALE_WEIGHT:
                 acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
             else:
-                acc += tl.dot(w, x, input_precision=PRECISION) * scales[i].to(tl.float32)[:, None]
+                product = tl.dot(w, x, input_precision=PRECISION, out_dtype=PRODUCT).to(tl.float32)
+                acc += product * (scales[i].to(tl.float32) * UNIT)[:, None]
         w_base += TILE_ROWS * WORDS
         x_ptrs += 128
         if GROUP is not None and OFFSET is not None:
@@ -148,7 +151,8 @@ def _matmul_kernel(
             acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N
         )
     if is_last:
-        _store_output(acc, y_ptr, scales[0] if GROUP is None else None, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N)
+        scale = scales[0] if GROUP is None else None
+        _store_output(acc, y_ptr, scale, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N, UNIT)
 
 
 def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config, target: Target) -> dict[str, Any]:
@@ -164,6 +168,7 @@ def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config
         "PTX": target.nvidia,
         # float32 on tensor cores: the sum of three TF32 products is as exact as float32's own.
         "PRECISION": "tf32x3" if target.nvidia and dtype == torch.float32 else "ieee",
+        "UNIT": decoder.unit if dtype == torch.int8 else 1.0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
@@ -233,8 +238,8 @@ def check_weight(weight: Tensor, scale: Tensor, fmt: Format, n: int, k: int) -> 
     tiles, blocks = -(-n // TILE_N), -(-k // BLOCK_K)
     groups = fmt.groups(blocks * BLOCK_K)
     what = f"of {fmt} [{n}, {k}] in the layout 'triton'"
-    dtype = torch.int8 if fmt.packing == "rows8" else torch.int16
-    shape = (tiles, blocks, TILE_N, DECODERS[fmt.packing].words)
+    decoder = DECODERS[fmt.packing]
+    dtype, shape = decoder.dtype, (tiles, blocks, TILE_N, decoder.words)
     if tuple(weight.shape) != shape or weight.dtype != dtype or not weight.is_contiguous():
         raise ValueError(f"the weight {what} is contiguous {dtype} {shape}, got {weight.dtype} {tuple(weight.shape)}")
     pairs = fmt.groups_per_block
@@ -276,7 +281,7 @@ def launch(
     if config is None:
         config = choose_config(m, n, in_features, fmt, y.dtype, target.capability, target.num_sms)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    sums = torch.int32 if x.dtype == torch.int8 else torch.float32
+    sums = torch.int32 if fmt.integer_sums else torch.float32
     if config.split_k == 1:
         partial, counter = unused(x.device, sums), unused(x.device, torch.int32)
     else:
@@ -289,5 +294,5 @@ def launch(
             x, weight, scale, x_scale, None if bias is None else bias.contiguous(), y, partial, counter,
             m, n, x.shape[1], x.stride(0), config.split_k,
             **constexprs(fmt, x.dtype, x.shape[1], config, target),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options(fmt, target.capability),
         )  # fmt: skip

@@ -39,6 +39,9 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", colu
 
     ``columns`` is the layer's in_features; only w8a8 asks for it.
     """
+    if fmt.integer_activations and fmt.bits == 4:
+        name, reason = path(fmt.weight_only, dtype, tokens, layout, columns)
+        return name, f"int8 values held as floats, exactly; {reason}"
     if fmt.integer_activations:
         if dtype == torch.bfloat16 and tokens <= W8A8_TOKENS and layout == "cpu" and columns % 32 == 0:
             return "aten::_weight_int8pack_mm", f"int8 values held in bfloat16, exactly; up to {W8A8_TOKENS} tokens"
@@ -63,6 +66,12 @@ def matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, 
     name, _ = path(fmt, x.dtype, x.shape[0], layout_of(weight), x.shape[1])
     if x.shape[0] == 0:
         return x.new_empty(0, n)
+    if fmt.integer_activations and fmt.bits == 4:
+        # float16 cannot hold a sum of products of integers.
+        held = torch.float32 if x.dtype == torch.float16 else x.dtype
+        values, token_scale = _round_activations(x)
+        y = matmul(values.to(held), weight, scale, zero_point, fmt.weight_only, n)
+        return (y * token_scale).to(x.dtype)
     if name == "aten::_weight_int4pack_mm_for_cpu":
         columns = weight.shape[1] * 2
         y = _int4_mm(_pad(x, columns), weight, columns // scale.shape[0], scale)

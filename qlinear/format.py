@@ -37,7 +37,8 @@ class Format:
     activation_bits: int
     group_size: int | None
     symmetric: bool
-    #: Key of the decoder in :mod:`qlinear.kernels.decode`: ``planar4``, ``planar8`` (16-bit words) or ``rows8`` (int8).
+    #: Key of the decoder in :mod:`qlinear.kernels.decode`: ``planar4``, ``planar8`` (16-bit words), ``nibbles8`` or
+    #: ``rows8`` (bytes, for int8 products).
     packing: str
 
     @property
@@ -57,6 +58,16 @@ class Format:
     @property
     def integer_activations(self) -> bool:
         return self.activation_bits == 8
+
+    @property
+    def integer_sums(self) -> bool:
+        """Whether a whole row of int8 products is summed before it is scaled: int32 holds it."""
+        return self.integer_activations and self.group_size is None
+
+    @property
+    def weight_only(self) -> Format:
+        """The format of the same weight for 16-bit activations."""
+        return FORMATS[self.name.replace("a8", "a16")]
 
     def groups(self, in_features: int) -> int:
         """Scales in one row of ``in_features`` weights."""
@@ -101,6 +112,7 @@ class Format:
 
 def _supported() -> dict[str, Format]:
     formats = [Format("w8a8", 8, 8, None, True, "rows8"), Format("w8a16", 8, 16, None, True, "planar8")]
+    formats += [Format("w4a8", 4, 8, 128, True, "nibbles8"), Format("w4a8-channel", 4, 8, None, True, "nibbles8")]
     formats += [Format(f"w8a16-g{g}", 8, 16, g, True, "planar8") for g in (32, 64, 128)]
     for symmetric, suffix in ((True, ""), (False, "-asym")):
         for group, infix in ((128, ""), (64, "-g64"), (32, "-g32"), (None, "-channel")):

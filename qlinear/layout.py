@@ -8,6 +8,8 @@ weights:
   32*j + i``.
 - ``planar8``: int16 words ``[N/64, K/128, 64, 64]``; word ``i`` holds in byte ``j`` the code (value + 128) of ``k =
   128*block + 64*j + i``.
+- ``nibbles8``: int8 words ``[N/64, K/128, 64, 64]`` for int8 x int8 products; word ``i`` holds in its lower nibble the
+  value (signed) of ``k = 128*block + i``, in its upper one that of ``k = 128*block + 64 + i``.
 - ``rows8``: int8 values ``[N/64, K/128, 64, 128]`` in natural order, for int8 x int8 products.
 - scales ``[N/64, G, 64]``, G counted on the padded K (1 per channel); where the format is asymmetric ``[N/64, G/C,
   64, 2 * C]`` holds for a row scale and zero point (exact in 16 bit) of each of the C groups of a block in turn, so
@@ -77,6 +79,10 @@ def _to_triton(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     tiles = codes.view(rows // TILE_N, TILE_N, columns // BLOCK_K, BLOCK_K).transpose(1, 2)
     if fmt.packing == "rows8":
         weight = (tiles.to(torch.int16) - fmt.offset).to(torch.int8).contiguous()
+    elif fmt.packing == "nibbles8":
+        # A signed nibble is its code with the highest bit turned.
+        low, high = (tiles ^ fmt.offset).unflatten(-1, (2, -1)).unbind(-2)
+        weight = (low | (high << 4)).contiguous().view(torch.int8)
     else:
         planes = tiles.unflatten(-1, (fmt.planes, -1))
         weight = pack_planes(planes, fmt.bits)
@@ -112,6 +118,9 @@ def _from_triton(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     weight, scale, zero = tensors
     if fmt.packing == "rows8":
         tiles = (weight.to(torch.int16) + fmt.offset).to(torch.uint8)
+    elif fmt.packing == "nibbles8":
+        nibbles = weight.view(torch.uint8)
+        tiles = torch.cat((nibbles & 15, nibbles >> 4), dim=-1) ^ fmt.offset
     else:
         tiles = unpack_planes(weight, fmt.bits).flatten(-2)
     codes = tiles.transpose(1, 2).flatten(2).flatten(0, 1)

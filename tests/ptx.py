@@ -66,6 +66,10 @@ def _value(registers: dict[str, np.ndarray], operand: str) -> np.ndarray:
 def _execute(op: str, sources: list[np.ndarray]) -> np.ndarray:
     if op == "shr.u32":
         return sources[0] >> sources[1]
+    if op == "shl.b32":
+        return (sources[0] << sources[1]) & _MASK
+    if op == "and.b32":
+        return sources[0] & sources[1]
     if op == "lop3.b32":
         return _lop3(*sources)
     if op == "prmt.b32":

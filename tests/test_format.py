@@ -19,7 +19,7 @@ def spellings(name: str) -> list[str]:
     bits, *rest = name.split("-")
     written = [name]
     if not rest or rest == ["asym"]:
-        written.append("-".join([bits, "g128" if bits == "w4a16" else "channel", *rest]))
+        written.append("-".join([bits, "g128" if bits.startswith("w4") else "channel", *rest]))
     return written
 
 
@@ -78,7 +78,7 @@ UNKNOWN = [
     *("w4a16-g64-g32", "w4a16-channel-g64", "xw4a16", "w4a16x", "w4a16\nw8a16", "nf4", "w-4a16", "w4.0a16"),
 ]
 IMPOSSIBLE = [
-    *("w3a16", "w4a8", "w4a4", "w16a16", "w8a4", "w8a16-asym", "w8a8-g128", "w8a8-asym", "w4a16-g48", "w4a16-g0"),
+    *("w3a16", "w4a8-asym", "w4a4", "w16a16", "w8a4", "w8a16-asym", "w8a8-g128", "w8a8-asym", "w4a16-g48", "w4a16-g0"),
     *("w4a16-g256", "w4a16-2:4", "w8a16-block64", "w8a16-g64-asym"),
 ]
 
@@ -117,13 +117,14 @@ def test_any_text_is_a_scheme_or_a_value_error(text):
 
 def test_the_registry_holds_what_is_promised():
     int4 = {f"w4a16{g}{a}" for g in ("", "-g64", "-g32", "-channel") for a in ("", "-asym")}
-    assert int4 | {"w8a16", "w8a16-g32", "w8a16-g64", "w8a16-g128", "w8a8"} <= set(qlinear.FORMATS)
+    int8 = {"w8a16", "w8a16-g32", "w8a16-g64", "w8a16-g128", "w8a8"}
+    assert int4 | int8 | {"w4a8", "w4a8-channel"} <= set(qlinear.FORMATS)
 
 
 @pytest.mark.parametrize("fmt", qlinear.FORMATS.values(), ids=str)
 def test_properties(fmt: Format):
     assert (fmt.offset, fmt.max_code, fmt.planes) == {4: (8, 15, 4), 8: (128, 255, 2)}[fmt.bits]
-    assert fmt.integer_activations == (fmt.name == "w8a8")
+    assert fmt.integer_activations == fmt.name.startswith(("w8a8", "w4a8"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         fmt.bits = 3  # type: ignore[misc]
 

@@ -1,4 +1,4 @@
-"""W8A8: quantized tokens, exact integer products, and what the two make together."""
+"""W8A8 and W4A8: quantized tokens, exact integer products, and what the two make together."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from qlinear.kernels.matmul import matmul
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 W8A8 = FORMATS["w8a8"]
+INTEGER = [fmt for fmt in FORMATS.values() if fmt.integer_activations]
+every_format = pytest.mark.parametrize("fmt", INTEGER, ids=str)
 TILE = Config(block_m=16, block_n=64, num_warps=4, num_stages=2)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
@@ -54,11 +56,12 @@ def test_strides_of_x(view, device):
     assert torch.equal(quantize_activations(x)[0], quantize_activations(x.contiguous())[0])
 
 
+@every_format
 @pytest.mark.parametrize("config", [TILE, replace(TILE, split_k=3), None], ids=["whole", "split", "chosen"])
 @pytest.mark.parametrize(("m", "k"), [(1, 576), (16, 128), (33, 200)])
-def test_integer_products_are_exact(m, k, config, device):
+def test_integer_products_are_exact(fmt, m, k, config, device):
     """float32 in, so that only the two scales are rounded: the int32 sums come back to the last unit."""
-    packed = random_weight(W8A8, 70, k, torch.float32, device)
+    packed = random_weight(fmt, 70, k, torch.float32, device)
     packed = replace(packed, scale=torch.ones_like(packed.scale))
     x = torch.randint(-127, 128, (m, k), generator=torch.Generator().manual_seed(3)).float()
     x[:, 0] = 127
@@ -66,14 +69,15 @@ def test_integer_products_are_exact(m, k, config, device):
     assert torch.equal(y.double().cpu(), x.double() @ weight64(packed).t().cpu())
 
 
+@every_format
 @every_dtype
-def test_against_float64_on_the_quantized_tokens(dtype, device):
-    packed = random_weight(W8A8, 70, 200, torch.float16, device)
+def test_against_float64_on_the_quantized_tokens(fmt, dtype, device):
+    packed = random_weight(fmt, 70, 200, torch.float16, device)
     x = random_tokens(5, 200, dtype, device)
     bias = torch.linspace(-3, 3, 70, device=device).to(dtype)
     q, scale = quantize_activations(x)
     reference = (q.double() @ weight64(packed).t()) * scale.double()[:, None] + bias.double()
-    assert error(matmul(x, packed, bias), reference) <= W8A8.max_error(dtype)
+    assert error(matmul(x, packed, bias), reference) <= fmt.max_error(dtype)
 
 
 def test_split_k_is_deterministic(device):
@@ -82,10 +86,11 @@ def test_split_k_is_deterministic(device):
     assert torch.equal(matmul(x, packed, config=replace(TILE, split_k=5)), matmul(x, packed, config=TILE))
 
 
+@every_format
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @every_dtype
-def test_zero_and_non_finite_tokens_touch_no_other(dtype, device):
-    packed = random_weight(W8A8, 70, 200, torch.float16, device)
+def test_zero_and_non_finite_tokens_touch_no_other(fmt, dtype, device):
+    packed = random_weight(fmt, 70, 200, torch.float16, device)
     x = random_tokens(5, 200, dtype, device)
     clean = matmul(x, packed)
     x[1], x[2, 7], x[3, 9] = 0, float("nan"), -float("inf")

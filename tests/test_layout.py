@@ -93,6 +93,15 @@ def test_rows8_is_natural_order_and_signed():
     np.testing.assert_array_equal(natural, padded_codes(packed) - 128)
 
 
+def test_nibbles8_are_signed_halves_of_a_block():
+    packed = random_packed(qlinear.FORMATS["w4a8"], 70, 200)
+    words = packed.to_layout("triton").weight
+    assert words.dtype == torch.int8 and words.shape == (2, 2, 64, 64)
+    halves = np.concatenate(((words.numpy() << 4) >> 4, words.numpy() >> 4), axis=-1)
+    natural = halves.transpose(0, 2, 1, 3).reshape(128, 256).astype(np.int64)
+    np.testing.assert_array_equal(natural, padded_codes(packed) - 8)
+
+
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_scales_of_a_tile_lie_together_and_padding_is_zero(fmt):
     n, k = 70, 200
