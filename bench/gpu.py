@@ -53,28 +53,35 @@ class Stage:
 STAGES = (
     Stage("environment", 15, "bench.gpu_tools:environment"),
     Stage("ptx", 25, "bench.gpu_ptx:ptx"),
-    Stage("numerics", 75, "bench.gpu_checks:numerics"),
-    Stage("benchmark", 125, "bench.gpu_speed:benchmark"),
-    Stage("determinism", 35, "bench.gpu_checks:determinism"),
+    Stage("numerics", 95, "bench.gpu_checks:numerics"),
+    Stage("benchmark", 120, "bench.gpu_speed:benchmark"),
+    Stage("determinism", 30, "bench.gpu_checks:determinism"),
     Stage("launch", 25, "bench.gpu_speed:launch"),
-    Stage("models", 50, "bench.gpu_model:models"),
+    Stage("models", 45, "bench.gpu_model:models"),
     Stage("gpu_tests", 45, "bench.gpu_tools:gpu_tests"),
-    Stage("tuned", 40, "bench.gpu_speed:tuned"),
+    Stage("tuned", 45, "bench.gpu_speed:tuned"),
     Stage("sanitizer", 20, "bench.gpu_tools:sanitizer"),
-    Stage("kernel_tests", 15, "bench.gpu_tools:kernel_tests"),
+    Stage("kernel_tests", 10, "bench.gpu_tools:kernel_tests"),
 )
 
 #: Runs a stage within so many seconds, leaving its file behind: in its own process, but for the tests.
 Launcher = Callable[[Stage, Path, float], None]
 
 
-def in_process(stage: Stage, folder: Path, seconds: float) -> None:
+def worker(stage: Stage, folder: Path, seconds: float) -> list[str]:
+    """The command that runs a stage."""
+    return [sys.executable, "-m", "bench.gpu_worker", stage.name, str(folder.resolve()), str(seconds)]
+
+
+def in_process(
+    stage: Stage, folder: Path, seconds: float, command: Callable[[Stage, Path, float], list[str]] = worker
+) -> None:
     """Runs a stage in a process of its own; what is left of one that dies or is too slow goes into its file."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "bench.gpu_worker", stage.name, str(folder.resolve()), str(seconds)]
+    (folder / f".{stage.name}.partial").unlink(missing_ok=True)
     with (folder / f".{stage.name}.log").open("w+") as log:
         process = subprocess.Popen(
-            command,
+            command(stage, folder, seconds),
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path},
             stdout=log,

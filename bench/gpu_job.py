@@ -24,6 +24,7 @@ class Sizes:
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16, torch.float32)
     #: Numerics: tokens of every bucket, and a weight whose sides divide by nothing.
     tokens: Sequence[int] = (1, 5, 16, 33, 64, 129, 300)
+    float32_tokens: Sequence[int] = (1, 33, 300)
     odd: tuple[int, int] = (331, 1352)
     even: tuple[int, int] = (1024, 2048)
     #: Determinism.
@@ -42,7 +43,7 @@ class Sizes:
     #: Tuning.
     tuned_schemes: Sequence[str] = ("w4a16", "w8a16", "w8a8")
     tuned_layers: Sequence[tuple[int, int]] = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
-    tuned_tokens: Sequence[int] = (1, 16, 64, 256)
+    tuned_tokens: Sequence[int] = (1, 16, 64)
     #: One layer of a language model: hidden, intermediate, heads, key and value heads, context.
     model: tuple[int, int, int, int, int] = (4096, 14336, 32, 8, 512)
     model_schemes: Sequence[str] = ("w4a16", "w8a16", "w8a8")

@@ -45,12 +45,15 @@ def ptx(job: Job) -> Result:
     """Both twins against the codes themselves; without inline PTX (not NVIDIA) only the plain one."""
     words = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     result: Result = {"rows": [], "failed": []}
+    target = target_of(job.device)
+    # Triton's interpreter has no bfloat16 constants.
+    dtypes = (torch.float16,) if target.interpreted else (torch.float16, torch.bfloat16)
     for packing in ("planar4", "planar8"):
         codes = unpack_planes(words.unsqueeze(-1), 16 // DECODERS[packing].planes).squeeze(-1).t().to(job.device)
-        for dtype in (torch.float16, torch.bfloat16):
+        for dtype in dtypes:
             for offset in (8, 0, 15) if packing == "planar4" else (128,):
                 wanted = codes.float() - offset
-                for inline in (False, True) if target_of(job.device).nvidia else (False,):
+                for inline in (False, True) if target.nvidia else (False,):
                     y = decode(packing, words.to(job.device), dtype, offset, inline)
                     wrong = int((y.float() != wanted).sum())
                     row = {"packing": packing, "dtype": dtype_name(dtype), "offset": offset, "ptx": inline}

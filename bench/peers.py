@@ -57,11 +57,16 @@ def _refuse(condition: bool, reason: str) -> None:
         raise Unavailable(reason)
 
 
+def _four_by_eight(fmt: Format) -> bool:
+    return fmt.integer_activations and fmt.bits == 4
+
+
 def _torchao_weight(weight: Tensor, fmt: Format) -> tuple[Tensor, str | None]:
     """The weight as torchao's subclass, and the operator its fast path runs on a CPU."""
     from torchao import quantization as ao
 
     config: Any
+    _refuse(_four_by_eight(fmt), "no int4 weights with int8 activations")
     if fmt.integer_activations:
         config, operator = ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), "aten::_int_mm"
     elif fmt.bits == 8:
@@ -138,6 +143,7 @@ def bitsandbytes(weight: Tensor, fmt: Format, copies: int) -> Side:
     n, k = weight.shape
     on_cpu = weight.device.type == "cpu"
     layer: nn.Module
+    _refuse(_four_by_eight(fmt), "no int4 weights with int8 activations")
     if fmt.integer_activations:
         _refuse(on_cpu, "LLM.int8() is for GPUs")
         layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False)
@@ -165,6 +171,7 @@ def gemlite(weight: Tensor, fmt: Format, copies: int) -> Side:
 
     n, k = weight.shape
     device = str(weight.device)
+    _refuse(_four_by_eight(fmt), "int4 weights with int8 activations are not compared")
     if fmt.integer_activations:
         maker = helper.A8W8_int8_dynamic(device=device, dtype=weight.dtype)
         return Side([maker.from_weights(weight.clone()) for _ in range(copies)])
@@ -186,7 +193,7 @@ def gemlite(weight: Tensor, fmt: Format, copies: int) -> Side:
 
 def int_mm(weight: Tensor, fmt: Format, copies: int) -> Side:
     """``torch._int_mm``: the vendor's int8 product alone."""
-    _refuse(not fmt.integer_activations, "multiplies int8 by int8")
+    _refuse(not fmt.integer_activations or fmt.bits != 8, "multiplies int8 by int8")
     codes, scale = _rounded(weight, 127.0)
     turned = [c.t() for c in _copies(codes.to(torch.int8), copies)]
 
@@ -215,7 +222,7 @@ def _rounded(t: Tensor, levels: float) -> tuple[Tensor, Tensor]:
 
 def scaled_mm(weight: Tensor, fmt: Format, copies: int) -> Side:
     """``torch._scaled_mm`` by rows in float8 (e4m3): the vendor's fp8 product, scales included."""
-    _refuse(not fmt.integer_activations, "multiplies float8 by float8")
+    _refuse(not fmt.integer_activations or fmt.bits != 8, "multiplies float8 by float8")
     _refuse(not weight.is_cuda, "needs a GPU")
     _refuse(torch.cuda.get_device_capability(weight.device) < (8, 9), "float8 needs sm_89")
     _refuse(weight.dtype != torch.bfloat16, "by rows its output is bfloat16")

@@ -6,6 +6,7 @@ in it.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import time
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 #: Calls in one CUDA graph: few enough to capture quickly, many enough that a replay outlasts its launch.
 _FEWEST_CALLS, _MOST_CALLS = 32, 512
+#: Seconds that a replay takes at least, where that needs no more than the fewest calls.
+_REPLAY = 4e-3
 #: Seconds of one turn on a CPU.
 _TURN = 5e-4
 
@@ -88,9 +91,21 @@ def capture(calls: Sequence[Callable[[], object]], device: torch.device) -> torc
             calls[0]()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
+    # As torch.cuda.graph does it, but without emptying torch's memory pool each time, which thousands of graphs cannot
+    # afford. Nothing may be collected meanwhile: what frees memory breaks a capture.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            try:
+                for call in calls:
+                    call()
+            finally:
+                graph.capture_end()
+    finally:
+        if collecting:
+            gc.enable()
     return graph
 
 
@@ -104,7 +119,7 @@ def replayed(
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int, int]] = {}
     for name, side in sides.items():
         whole = side[:_MOST_CALLS]
-        calls = list(whole) * -(-_FEWEST_CALLS // len(whole))
+        calls = list(whole) * -(-_nodes(whole[0], device) // len(whole))
         try:
             graph = capture(calls, device)
         except torch.OutOfMemoryError:
@@ -120,6 +135,16 @@ def replayed(
         for name, (graph, calls_in_graph, replays) in graphs.items():
             times[name].append(_elapsed(graph, replays, device) / replays / calls_in_graph)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _nodes(call: Callable[[], object], device: torch.device) -> int:
+    """Calls that a graph should have at least, so that its replay takes long enough to be timed."""
+    call()
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize(device)
+    return max(1, min(_FEWEST_CALLS, int(_REPLAY / (time.perf_counter() - begin))))
 
 
 def _elapsed(graph: torch.cuda.CUDAGraph, replays: int, device: torch.device) -> float:

@@ -1,0 +1,324 @@
+"""``python -m bench gpu`` without a GPU: the plan, what survives a stage that dies, and every stage on tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import ROOT
+
+from bench import gpu, gpu_checks, gpu_model, gpu_ptx, gpu_speed, gpu_summary, gpu_tools
+from bench.gpu import Stage
+from bench.gpu_job import Job, Result, Sizes
+from bench.gpu_warm import Case, blank, run_case, warm
+from qlinear.format import FORMATS
+
+TINY = Sizes(
+    schemes=("w4a16", "w8a8"),
+    dtypes=(torch.bfloat16, torch.float16),
+    tokens=(1, 17),
+    odd=(35, 264),
+    even=(64, 128),
+    repeats=1,
+    many_tokens=(),
+    bench_schemes=("w4a16", "w8a8"),
+    bench_tokens=(1, 3),
+    layers=(("none", "odd", 64, 96),),
+    seconds=0.0,
+    launch=(64, 96),
+    tuned_schemes=("w4a16",),
+    tuned_layers=((64, 128),),
+    tuned_tokens=(3,),
+    model=(32, 48, 4, 2, 8),
+    model_schemes=("w4a16-g32", "w8a8"),
+    compile_backend="eager",
+)
+
+
+def job(device: torch.device, **changes: object) -> Job:
+    return Job(device, **({"sizes": TINY} | changes))  # type: ignore[arg-type]
+
+
+class Clock:
+    """Time that passes only when a stage takes it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plan(folder: Path, takes: dict[str, float], minutes: float, found: dict[str, Result] | None = None) -> list[str]:
+    """Runs stages of 100 seconds each; returns ``name:seconds allowed`` of those that were launched."""
+    stages, clock, launched = [Stage(name, 100, "none:none") for name in takes], Clock(), []
+
+    def launcher(stage: Stage, folder: Path, seconds: float) -> None:
+        launched.append(f"{stage.name}:{seconds + gpu._GRACE:.0f}")
+        clock.now += takes[stage.name]
+        (folder / f"{stage.name}.json").write_text(json.dumps((found or {}).get(stage.name, {"failed": []})))
+
+    gpu.run(folder, minutes, stages, launcher, clock, say=lambda text: None)
+    return launched
+
+
+def test_what_a_stage_leaves_the_next_ones_have(tmp_path: Path) -> None:
+    # 310 seconds, of which 10 are the summary's.
+    assert plan(tmp_path, {"a": 40, "b": 110, "c": 100}, 310 / 60) == ["a:100", "b:160", "c:150"]
+
+
+def test_a_stage_that_is_late_takes_from_the_next_ones(tmp_path: Path) -> None:
+    assert plan(tmp_path, {"a": 195, "b": 50, "c": 1}, 310 / 60) == ["a:100", "c:105"]
+    assert "b" in (tmp_path / "summary.md").read_text() and not (tmp_path / "b.json").exists()
+
+
+def test_a_run_is_taken_up_again(tmp_path: Path) -> None:
+    wrong: dict[str, Result] = {
+        "a": {"error": "died"},
+        "b": {"failed": ["one"]},
+        "c": {"incomplete": "late", "rows": []},
+    }
+    takes = {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert len(plan(tmp_path, takes, 5, wrong)) == 3
+    # Only what holds an error is run again, and has all the time.
+    assert plan(tmp_path, takes, 110 / 60) == ["a:100"]
+    assert plan(tmp_path, takes, 5) == []
+
+
+def script(text: str) -> object:
+    return lambda stage, folder, seconds: [sys.executable, "-S", "-c", text, str(folder), stage.name]
+
+
+WRITE = "import sys, os, signal, time\nfolder, name = sys.argv[1:]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("open(f'{folder}/{name}.json', 'w').write('{\"rows\": [1]}')", {"rows": [1]}),
+        ("print('what happened'); sys.exit(3)", {"error": "ended with exit code 3", "log": "what happened\n"}),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", {"error": "ended with exit code -11", "log": ""}),
+        ("time.sleep(60)", {"error": "stopped after 1 s", "log": ""}),
+        (
+            "open(f'{folder}/.{name}.partial', 'w').write('{\"rows\": [2]}'); time.sleep(60)",
+            {"rows": [2], "incomplete": "stopped after 1 s", "log": ""},
+        ),
+        (
+            "open(f'{folder}/.{name}.partial', 'w').write('{\"rows\": [2]}'); sys.exit(1)",
+            {"rows": [2], "error": "ended with exit code 1", "log": ""},
+        ),
+    ],
+    ids=["good", "exit", "crash", "slow", "slow-with-rows", "exit-with-rows"],
+)
+def test_what_is_left_of_a_process(text: str, wanted: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_GRACE", 1.4 if "sleep" in text else 60.0)
+    stage = Stage("one", 1, "none:none")
+    begin = time.monotonic()
+    gpu.in_process(stage, tmp_path, 0.05, script(WRITE + text))  # type: ignore[arg-type]
+    assert gpu.read(tmp_path, "one") == wanted
+    assert time.monotonic() - begin < 20 and not (tmp_path / ".one.partial").exists()
+
+
+def test_every_stage_exists() -> None:
+    for stage in gpu.STAGES:
+        module, name = stage.function.split(":")
+        assert callable(getattr(__import__(module, fromlist=[name]), name))
+    assert sum(stage.share for stage in gpu.STAGES) <= 480
+    assert gpu.worker(gpu.STAGES[0], Path("/x"), 3.0)[1:] == ["-m", "bench.gpu_worker", "environment", "/x", "3.0"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "gpu", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
+    assert done.stderr == "Error: no CUDA or ROCm device is here; this command measures one\n"
+
+
+def test_environment(device: torch.device) -> None:
+    found = gpu_tools.environment(job(device))
+    assert len(found["commit"]) == 40 and found["versions"]["torch"] == torch.__version__
+    assert json.dumps(found)
+
+
+def test_numerics(device: torch.device) -> None:
+    saved: list[int] = []
+    result = gpu_checks.numerics(job(device, save=lambda r: saved.append(len(r["rows"]))))
+    assert result["failed"] == [] and 0 < result["worst_of_bound"] <= 1
+    assert {(r["scheme"], r["dtype"], r["m"], r["n"]) for r in result["rows"]} == {
+        (scheme, dtype, m, n)
+        for scheme in TINY.schemes
+        for dtype, n in (("bfloat16", 35), ("float16", 35), ("bfloat16", 64))
+        for m in TINY.tokens
+    }
+    assert saved == sorted(saved) and len(saved) == 6 and json.dumps(result)
+
+
+def test_numerics_find_what_is_not_written_and_what_raises(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlinear.kernels import matmul as kernels
+
+    def nothing(x: torch.Tensor, packed: object, *rest: object) -> torch.Tensor:
+        if len(x) > 1:
+            raise RuntimeError("an illegal memory access was encountered")
+        return torch.empty(len(x), 35, dtype=x.dtype)
+
+    monkeypatch.setattr(kernels, "matmul", nothing)
+    sizes = Sizes(
+        schemes=("w4a16",), dtypes=(torch.float16,), tokens=(1, 2), odd=(35, 128), even=(35, 128), bench_schemes=()
+    )
+    failed = gpu_checks.numerics(job(device, sizes=sizes))["failed"]
+    assert "w4a16 float16 1x35x128 kernel: 35 numbers not finite" in failed[0]
+    assert "RuntimeError: an illegal memory access" in failed[1]
+
+
+def test_numerics_out_of_time(device: torch.device) -> None:
+    result = gpu_checks.numerics(job(device, deadline=time.monotonic()))
+    assert result["rows"] == [] and len(result["left_out"]) == 6
+
+
+def test_determinism(device: torch.device) -> None:
+    sizes = Sizes(schemes=("w4a16",), dtypes=(torch.float16,), odd=(35, 128), repeats=1, many_tokens=())
+    result = gpu_checks.determinism(job(device, sizes=sizes))
+    assert result["failed"] == [] and [(r["few"], r["many"]) for r in result["rows"]] == gpu_checks.bucket_ends()
+
+
+def test_ptx(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = gpu_ptx.ptx(job(device))
+    assert result["failed"] == [] and {row["packing"] for row in result["rows"]} == {"planar4", "planar8"}
+    monkeypatch.setattr(gpu_ptx, "decode", lambda *args: torch.zeros(1, 65536))
+    assert "numbers are wrong" in gpu_ptx.ptx(job(device))["failed"][0]
+
+
+def test_benchmark(device: torch.device) -> None:
+    saved: list[int] = []
+    result = gpu_speed.benchmark(job(device, save=lambda r: saved.append(len(r["rows"]))))
+    assert result["failed"] == [] and len(result["rows"]) == 8 and saved == [4, 8]
+    assert {row["dtype"] for row in result["rows"]} == {"bfloat16", "float16"}
+
+
+def test_launch(device: torch.device) -> None:
+    result = gpu_speed.launch(job(device))
+    assert {row["side"] for row in result["rows"]} >= {"F.linear bfloat16", "QLinear w4a16", "operator w4a16"}
+    assert result["arguments"]["passed"] >= 10 and all(row["cpu_us"] > 0 for row in result["rows"])
+
+
+def test_tuned(device: torch.device) -> None:
+    result = gpu_speed.tuned(job(device))
+    row = result["rows"][0]
+    assert result["failed"] == [] and row["chosen"] in row["us"] and row["gain"] >= 1.0
+    assert len(row["us"]) + len(row["left_out"]) >= 8
+
+
+def test_models(device: torch.device) -> None:
+    result = gpu_model.models(job(device))
+    assert result["failed"] == [] and [row["model"] for row in result["rows"]] == ["bfloat16", *TINY.model_schemes]
+    assert set(result["compiled"]) == set(TINY.model_schemes) == set(result["errors"])
+
+
+def test_warming_up_launches_the_kernels(device: torch.device) -> None:
+    assert run_case(Case("w4a16-asym", "float16", 2, 130, 200, bias=True), device) is None
+    problem = run_case(Case("w4a16", "float64", 2, 64, 128), device)
+    assert problem is not None and "float64" in problem and "\n" not in problem
+    weight = blank(FORMATS["w4a16-g32-asym"], 130, 200, torch.float16, device)
+    assert weight.out_features == 130 and weight.weight.shape[0] == weight.scale.shape[0] == 3
+    assert warm([Case("w4a16", "float16", 1, 64, 64)], job(torch.device("cpu"), processes=4), 1.0) == []
+
+
+JUNIT = """<testsuites><testsuite><testcase classname="tests.a" name="good" time="1.5"/>
+<testcase classname="tests.a" name="bad" time="0.1"><failure message="1 != 2&#10;more">whole text</failure></testcase>
+<testcase classname="tests.a" name="broken"><error message="no fixture">its text</error></testcase>
+<testcase classname="tests.a" name="left"><skipped message="no GPU"/></testcase></testsuite></testsuites>"""
+
+
+def test_reading_what_pytest_reports(tmp_path: Path) -> None:
+    (tmp_path / "r.xml").write_text(JUNIT)
+    found = gpu_tools.read_junit(tmp_path / "r.xml")
+    assert found["counts"] == {"passed": 1, "failed": 2, "skipped": 1}
+    assert found["failed"] == ["tests.a::bad: ['1 != 2']", "tests.a::broken: ['no fixture']"]
+    assert found["texts"]["tests.a::bad"] == "whole text" and found["slowest"][0] == (1.5, "tests.a::good")
+
+
+def test_running_pytest(device: torch.device) -> None:
+    result = gpu_tools.tests(["tests/test_tables_that_is_not_there.py"], job(device))
+    assert result["failed"] and result["exit_code"] != 0
+    code, _, err = gpu_tools.run([sys.executable, "-S", "-c", "print(1, flush=True); import time; time.sleep(9)"], 1.0)
+    assert code == -1 and "took longer than 1 s" in err
+    assert gpu_tools.run(["no-such-program"], 1.0)[0] == -1
+
+
+def test_a_sanitizer_that_is_not_there(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tools, "_SANITIZER", "/no/such/tool")
+    monkeypatch.setattr(gpu_tools.shutil, "which", lambda name: None)
+    assert gpu_tools.sanitizer(job(device)) == {"left_out": ["compute-sanitizer is not installed"]}
+
+
+def test_the_summary_shows_what_failed_and_what_was_measured(tmp_path: Path) -> None:
+    row: Result = {
+        "scheme": "w4a16",
+        "dtype": "bfloat16",
+        "n": 64,
+        "k": 64,
+        "m": 1,
+        "us": 2.0,
+        "tflops": 1.0,
+        "gbps": 3.0,
+    }
+    row |= {"of_floor": 0.5, "float_us": {"bfloat16": 1.0}, "peers_us": {"torchao": 4.0}, "path": "Triton matmul"}
+    results: dict[str, Result] = {
+        "environment": {"commit": "abc", "devices": ["cuda:0: H200"], "versions": {"torch": "2.11"}, "nvidia_smi": "x"},
+        "numerics": {"rows": [], "failed": ["w4a16 is wrong"] * 20, "incomplete": "late"},
+        "benchmark": {"rows": [row, row | {"m": 256, "us": 1.1}], "notes": ["a note"], "failed": []},
+        "launch": {
+            "rows": [{"side": "QLinear", "cpu_us": 9.0, "graph_warm_us": 2.0, "graph_cold_us": None}],
+            "arguments": {"passed": 13, "compiled_in": 9},
+            "n": 64,
+            "k": 64,
+            "int4_floor_us": 2.0,
+        },
+        "models": {
+            "rows": [{"model": "w4a16", "us": 10.0, "of_float": 2.0}],
+            "compiled": {"w4a16": {"seconds": 3.0, "difference": 0.0}},
+        },
+        "tuned": {
+            "rows": [
+                {
+                    "scheme": "w4a16",
+                    "m": 1,
+                    "n": 2,
+                    "k": 3,
+                    "chosen": "a",
+                    "best": "b",
+                    "us": {"a": 3.0, "b": 2.0},
+                    "gain": 1.5,
+                }
+            ]
+        },
+        "sanitizer": {"error": "ended with exit code 1", "log": "Device not supported"},
+        "gpu_tests": {"counts": {"passed": 7, "failed": 0, "skipped": 0}, "failed": [], "slowest": []},
+    }
+    names = [stage.name for stage in gpu.STAGES]
+    text = gpu_summary.summarize(results, names, tmp_path)
+    for wanted in (
+        "w4a16 is wrong",
+        "and 8 more",
+        "Device not supported",
+        "1 held, 1 broken",
+        "0.50x",
+        "x torchao",
+        "13 passed, 9 compiled in",
+        "1.50x",
+        "7 passed",
+        "not run",
+        "cut short",
+        "a note",
+    ):
+        assert wanted in text, wanted
+    assert not gpu.good(results) and gpu.good({"a": {}}, [Stage("a", 1, "")])
+    assert gpu.describe(results["numerics"]) == "20 FAILED, 0 rows, late"
