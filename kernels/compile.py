@@ -23,6 +23,8 @@ from qlinear.kernels.int8 import _quantize_kernel, quantize_options
 from qlinear.kernels.matmul import _matmul_kernel, constexprs
 from qlinear.kernels.runtime import Capability, Target
 
+#: Scalar arguments that are no integers.
+_FLOATS = ("eps",)
 _NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -74,10 +76,17 @@ def compile_matmul(
     return compile_kernel(_matmul_kernel, pointers, integers, constants, options, capability)
 
 
-def compile_quantize(dtype: torch.dtype, in_features: int, capability: Capability) -> CompiledKernel:
-    """The kernel that rounds contiguous x in ``dtype`` to int8."""
+def compile_quantize(
+    dtype: torch.dtype, in_features: int, capability: Capability, norm: bool = False
+) -> CompiledKernel:
+    """The kernel that rounds contiguous x in ``dtype`` to int8, after an RMS norm where ``norm``."""
     padded = -(-in_features // BLOCK_K) * BLOCK_K
-    pointers: dict[str, torch.dtype | None] = {"x_ptr": dtype, "q_ptr": torch.int8, "scale_ptr": torch.float32}
+    pointers: dict[str, torch.dtype | None] = {
+        "x_ptr": dtype,
+        "gain_ptr": dtype if norm else None,
+        "q_ptr": torch.int8,
+        "scale_ptr": torch.float32,
+    }
     integers = {"K": in_features, "stride_xm": in_features, "stride_qm": padded}
     constants, options = quantize_options(padded)
     return compile_kernel(_quantize_kernel, pointers, integers, constants, options, capability)
@@ -119,7 +128,7 @@ def compile_kernel(
             signature[name] = "constexpr"
             continue
         dtype = pointers.get(name)
-        signature[name] = "i32" if dtype is None else f"*{_NAMES[dtype]}"
+        signature[name] = f"*{_NAMES[dtype]}" if dtype is not None else "fp32" if name in _FLOATS else "i32"
         if name in pointers or integers.get(name, 1) % 16 == 0:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -38,32 +38,50 @@ def _round(x):
 
 
 @triton.jit
-def _quantize_kernel(x_ptr, q_ptr, scale_ptr, K, stride_xm, stride_qm, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
-    """scale[m] = max_k |x[m, k]| / 127, q[m, k] = round(x[m, k] / scale[m]), 0 for K <= k < stride_qm.
+def _load(x_ptr, gain_ptr, offs, K):
+    """One block of a row in float32, and the same times the gain of a norm where there is one; zeros past its end."""
+    x = tl.load(x_ptr + offs, mask=offs < K, other=0.0).to(tl.float32)
+    if gain_ptr is None:
+        return x, x
+    else:
+        return x, x * tl.load(gain_ptr + offs, mask=offs < K, other=0.0).to(tl.float32)
 
-    x: [M, K], rows stride_xm apart. q: int8 [M, stride_qm] contiguous. scale: float32 [M].
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr, gain_ptr, q_ptr, scale_ptr, K, stride_xm, stride_qm, eps, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr
+):
+    """scale[m] = max_k |y[m, k]| / 127, q[m, k] = round(y[m, k] / scale[m]), 0 for K <= k < stride_qm.
+
+    x: [M, K], rows stride_xm apart. q: int8 [M, stride_qm] contiguous. scale: float32 [M]. y is x, or where there is a
+    gain [K] its RMS norm: y[m, k] = x[m, k] * gain[k] / sqrt(mean_k x[m, k]^2 + eps), never rounded to x's dtype. A
+    norm changes the scale of a row and no value of q: it costs one sum.
     """
     row = tl.program_id(0).to(tl.int64)
-    x_ptrs = x_ptr + row * stride_xm + tl.arange(0, BLOCK)
+    x_ptr += row * stride_xm
     q_ptrs = q_ptr + row * stride_qm + tl.arange(0, BLOCK)
     offs = tl.arange(0, BLOCK)
-    x = tl.load(x_ptrs, mask=offs < K, other=0.0).to(tl.float32)
-    bits = _largest(x)
+    x, y = _load(x_ptr, gain_ptr, offs, K)
+    bits, squares = _largest(y), x * x
     if not ONE_BLOCK:
         for start in range(BLOCK, K, BLOCK):
-            x = tl.load(x_ptrs + start, mask=start + offs < K, other=0.0).to(tl.float32)
-            bits = tl.maximum(bits, _largest(x))
+            x, y = _load(x_ptr, gain_ptr, start + offs, K)
+            bits = tl.maximum(bits, _largest(y))
+            squares += x * x
     largest = bits.to(tl.float32, bitcast=True)
     # A row of zeros (or next to it) gets a scale that is not zero, so that nothing is divided by zero; NaN stays.
     largest = tl.where(largest < 1e-30, 1e-30, largest)
     inverse = tl.div_rn(127.0, largest)
-    tl.store(scale_ptr + row, tl.div_rn(largest, 127.0))
+    scale = tl.div_rn(largest, 127.0)
+    if gain_ptr is not None:
+        scale = tl.div_rn(scale, tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), K.to(tl.float32)) + eps))
+    tl.store(scale_ptr + row, scale)
     if ONE_BLOCK:
-        tl.store(q_ptrs, _round(x * inverse), mask=offs < stride_qm)
+        tl.store(q_ptrs, _round(y * inverse), mask=offs < stride_qm)
     else:
         for start in range(0, stride_qm, BLOCK):
-            x = tl.load(x_ptrs + start, mask=start + offs < K, other=0.0).to(tl.float32)
-            tl.store(q_ptrs + start, _round(x * inverse), mask=start + offs < stride_qm)
+            _, y = _load(x_ptr, gain_ptr, start + offs, K)
+            tl.store(q_ptrs + start, _round(y * inverse), mask=start + offs < stride_qm)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +99,19 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return q[:, : x.shape[1]], scale
 
 
-def _quantize_padded(x: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_activations` of ``x * gain / sqrt(mean(x**2) + eps)`` in one kernel.
+
+    RMS norm: Zhang and Sennrich, arXiv:1910.07467. The norm of a row is one number, which joins its scale.
+
+    Args:
+        x: float ``[M, K]``. gain: float ``[K]``.
+    """
+    q, scale = _quantize_padded(x, gain.contiguous(), eps)
+    return q[:, : x.shape[1]], scale
+
+
+def _quantize_padded(x: Tensor, gain: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """:func:`quantize_activations` with the padding, so that the product needs no mask along K."""
     m, k = x.shape
     if x.stride(1) != 1:
@@ -93,7 +123,7 @@ def _quantize_padded(x: Tensor) -> tuple[Tensor, Tensor]:
     if m > 0:
         constants, options = quantize_options(padded)
         with device_guard(x.device):
-            _quantize_kernel[(m,)](x, q, scale, k, x.stride(0), padded, **constants, **options)
+            _quantize_kernel[(m,)](x, gain, q, scale, k, x.stride(0), padded, eps, **constants, **options)
     return q, scale
 
 

@@ -101,6 +101,13 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8, memory_format=torch.contiguous_format), scale
 
 
+def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_activations` of ``x * gain / sqrt(mean(x**2) + eps)`` per token, in float32 throughout."""
+    wide = x.float()
+    values, scale = quantize_activations(wide * gain.float())
+    return values, scale / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
 def _round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`quantize_activations` with the values still in float32."""
     # Decoding one token is bound by the number of small operators and their kind: 0-dim tensors in the place of Python

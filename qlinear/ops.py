@@ -7,6 +7,7 @@ weight.
   ``[..., K]``.
 - ``dequantize(weight, scale, zero_point?, scheme, in_features, out_features, dtype)``: the float weight ``[N, K]``.
 - ``quantize_activations(x)``: int8 values ``[M, K]`` and float32 scales ``[M, 1]`` of x ``[M, K]``, per token.
+- ``rms_norm_quantize(x, gain, eps)``: the same of ``x * gain / sqrt(mean(x**2) + eps)``, gain ``[K]``, in one kernel.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ _library.define(
     "ScalarType dtype) -> Tensor"
 )
 _library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
+_library.define("rms_norm_quantize(Tensor x, Tensor gain, float eps) -> (Tensor, Tensor)")
 
 
 def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
@@ -176,6 +178,30 @@ def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.contiguous(), scale.view(-1, 1)
 
 
+def _norm_quantize_cuda(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from qlinear.kernels.int8 import rms_norm_quantize
+
+    _check_gain(x, gain)
+    values, scale = rms_norm_quantize(x, gain, eps)
+    return values.contiguous(), scale.view(-1, 1)
+
+
+def _norm_quantize_any(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check_gain(x, gain)
+    return cpu.rms_norm_quantize(x, gain, eps)
+
+
+def _check_gain(x: Tensor, gain: Tensor) -> None:
+    if x.dim() != 2 or tuple(gain.shape) != (x.shape[-1],) or gain.device != x.device:
+        got = f"{tuple(x.shape)} on {x.device} and {tuple(gain.shape)} on {gain.device}"
+        raise ValueError(f"an RMS norm takes x [M, K] and its gain [K] on one device, got {got}")
+
+
+def _norm_quantize_fake(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check_gain(x, gain)
+    return _quantize_fake(x)
+
+
 def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
@@ -187,9 +213,12 @@ _library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _library.impl("dequantize", _dequantize_cuda, "CUDA")
 _library.impl("quantize_activations", cpu.quantize_activations, "CompositeExplicitAutograd")
 _library.impl("quantize_activations", _quantize_cuda, "CUDA")
+_library.impl("rms_norm_quantize", _norm_quantize_any, "CompositeExplicitAutograd")
+_library.impl("rms_norm_quantize", _norm_quantize_cuda, "CUDA")
 torch.library.register_fake("qlinear::linear", _linear_fake, lib=_library)
 torch.library.register_fake("qlinear::dequantize", _dequantize_fake, lib=_library)
 torch.library.register_fake("qlinear::quantize_activations", _quantize_fake, lib=_library)
+torch.library.register_fake("qlinear::rms_norm_quantize", _norm_quantize_fake, lib=_library)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -78,6 +78,7 @@ def jobs() -> list[Job]:
             result += [Job("dequantize", target, dtype, FORMATS[name]) for name in ("w8a8", "w8a16-g32", "w4a16-asym")]
             # One warp, a row in one block, a row in several.
             result += [Job("quantize", target, dtype, options={"in_features": k}) for k in (200, 4096, 14336)]
+            result.append(Job("quantize", target, dtype, options={"in_features": 4096, "norm": True}))
     return result
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers import DTYPES, dtype_id, error, random_tokens, random_weight, weight64
 
+import qlinear  # noqa: F401 - registers torch.ops.qlinear
 from qlinear.format import FORMATS
 from qlinear.kernels import int8
 from qlinear.kernels.configs import Config
-from qlinear.kernels.int8 import int8_linear_tensors, quantize_activations
+from qlinear.kernels.int8 import int8_linear_tensors, quantize_activations, rms_norm_quantize
 from qlinear.kernels.matmul import matmul
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -41,6 +42,22 @@ def test_rows_longer_than_a_block(device, monkeypatch):
     parts = quantize_activations(x)
     assert torch.equal(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])
+
+
+@every_dtype
+@pytest.mark.parametrize("block", [None, 128], ids=["one-block", "blocks"])
+def test_rms_norm_joins_the_scale(block, dtype, device, monkeypatch):
+    if block:
+        monkeypatch.setattr(int8, "_MAX_BLOCK", block)
+    x, gain = random_tokens(5, 300, dtype, device), random_tokens(1, 300, dtype, device)[0]
+    x[3] = 0
+    q, scale = rms_norm_quantize(x, gain, 1e-5)
+    values, largest = quantize_activations(x.float() * gain.float())
+    assert torch.equal(q, values)
+    rms = (x.double().square().mean(1) + 1e-5).sqrt()
+    assert error(scale, largest.double() / rms) <= 1e-6
+    on_cpu = torch.ops.qlinear.rms_norm_quantize(x.cpu(), gain.cpu(), 1e-5)
+    assert torch.equal(on_cpu[0], q.cpu()) and error(on_cpu[1].view(-1), scale.double().cpu()) <= 1e-6
 
 
 def test_ties_round_to_even(device):

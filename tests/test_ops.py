@@ -46,6 +46,10 @@ def test_opcheck_dequantize(scheme, layout, dtype):
 def test_opcheck_quantize_activations(dtype):
     for x in (torch.randn(5, K), torch.randn(K, 5).t(), torch.randn(0, K)):
         torch.library.opcheck(torch.ops.qlinear.quantize_activations.default, (x.to(dtype),))
+        gain = torch.rand(x.shape[1]).to(dtype)
+        torch.library.opcheck(torch.ops.qlinear.rms_norm_quantize.default, (x.to(dtype), gain, 1e-5))
+        with pytest.raises(ValueError, match=r"its gain \[K\] on one device, got"):
+            torch.ops.qlinear.rms_norm_quantize(x.to(dtype), gain[:-1], 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, K), (0, K), (2, 0, K), (1, 1, 1, K)], ids=str)
