@@ -16,7 +16,8 @@ from qlinear.packing import dequantize_codes
 from qlinear.quantize import quantize
 from qlinear.tables import table
 
-SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.bits == 4)
+#: Other schemes of int4 weights are rounded alike.
+SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.bits == 4 and not fmt.integer_activations)
 
 
 def measure(
