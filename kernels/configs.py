@@ -6,6 +6,7 @@ bucket).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -89,13 +90,20 @@ def choose_config(
     m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
 ) -> Config:
     """The configuration for x ``[m, k]`` of ``dtype`` and a weight ``[n, k]``."""
-    bucket = _bucket(m)
+    return _choose(_bucket(m), m > M_BUCKETS[-1], n, k, fmt, dtype, capability, num_sms)
+
+
+# Asked before every launch, which costs a GPU's host more than the launch itself.
+@functools.cache
+def _choose(
+    bucket: int, more: bool, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
+) -> Config:
     for tile in _tiles(bucket, fmt, dtype, capability):
         _, block_n, num_warps = tile
         tiles = -(-n // block_n)
         # Programs of 4 warps run two to a multiprocessor.
         wanted = num_sms * 8 // num_warps // tiles
-        split = 1 if m > M_BUCKETS[-1] else _split_k(wanted, tiles, bucket, k, fmt)
+        split = 1 if more else _split_k(wanted, tiles, bucket, k, fmt)
         if tiles * split >= 0.75 * num_sms:
             break
     return Config(*tile, _num_stages(*tile, fmt, dtype, capability), split)
