@@ -157,7 +157,8 @@ def machine_table(rows: Sequence[dict[str, Any]], machine: Machine) -> str:
     title = (
         f"{machine.name}, {n} x {n}: predicted us, share of the floor (the packed weight at "
         f"{machine.stream_bytes_per_s / 1e12:.2f} TB/s), speed against 16 bit;\n"
-        "bound by M memory, I issue, T tensor cores, W decoding and products in turn, D dequantized for the vendor"
+        "bound by M memory, L the L2 cache, I issue, T tensor cores, W decoding and products in turn; "
+        "D dequantized for the vendor"
     )
     return f"{title}\n{table(('scheme', 'x', *(f'M = {m}' for m in tokens)), lines, right=range(2, 2 + len(tokens)))}"
 

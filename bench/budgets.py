@@ -39,8 +39,8 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a8": Slots(1.19, 1.20),
         "w4a8-channel": Slots(0.84, 0.84),
         "w8a16-g32": Slots(2.90, 3.68),
-        "w8a16-g64": Slots(2.18, 3.01),
-        "w8a16-g128": Slots(2.04, 2.91),
+        "w8a16-g64": Slots(2.52, 3.29),
+        "w8a16-g128": Slots(2.26, 3.05),
         "w4a16-g64": Slots(2.17, 2.45),
         "w4a16-channel": Slots(1.84, 2.10),
         "w4a16-g64-asym": Slots(2.25, 2.51),
@@ -51,9 +51,9 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w8a16": Slots(2.50, 3.40),
         "w4a8": Slots(1.64, 1.66),
         "w4a8-channel": Slots(1.19, 1.19),
-        "w8a16-g32": Slots(3.28, 4.10),
+        "w8a16-g32": Slots(3.22, 3.99),
         "w8a16-g64": Slots(2.42, 3.23),
-        "w8a16-g128": Slots(2.88, 3.67),
+        "w8a16-g128": Slots(2.78, 3.67),
         "w4a16": Slots(2.83, 3.07),
         "w4a16-g64": Slots(2.95, 3.27),
         "w4a16-g32": Slots(3.23, 3.49),
@@ -68,9 +68,9 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w8a16": Slots(2.37, 3.14),
         "w4a8": Slots(1.64, 1.66),
         "w4a8-channel": Slots(1.16, 1.16),
-        "w8a16-g32": Slots(3.19, 4.02),
-        "w8a16-g64": Slots(2.33, 3.10),
-        "w8a16-g128": Slots(2.66, 3.48),
+        "w8a16-g32": Slots(3.12, 3.89),
+        "w8a16-g64": Slots(2.29, 3.11),
+        "w8a16-g128": Slots(2.62, 3.54),
         "w4a16": Slots(2.77, 2.98),
         "w4a16-g64": Slots(2.87, 3.21),
         "w4a16-g32": Slots(3.19, 3.49),
@@ -121,10 +121,6 @@ _PARTIALS_NOW = {
 }
 #: Over budget today. The test wants this list to be exact: what is mended leaves it, and nothing joins it unseen.
 KNOWN: tuple[str, ...] = (
-    # 255 registers are not enough: a scale is spilled as soon as it is loaded.
-    "w8a16-g128-fp16-sm_90-16x256-w4-s3: 8 bytes spilled",
-    "w8a16-g128-fp16-sm_90-16x256-w4-s3: 1 loads are waited for in their own iteration",
-    "w8a16-g32-bf16-sm_80-16x128-w4-s4: 8 bytes spilled",
     # ptxas packs the next iteration's scale into one register with this one's.
     "w4a16-g32-bf16-sm_80-16x128-w4-s4: 1 loads are waited for in their own iteration",
     "w4a16-g32-bf16-sm_89-16x128-w4-s4: 1 loads are waited for in their own iteration",

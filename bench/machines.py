@@ -1,11 +1,13 @@
 """GPUs by their makers' public figures: what a count is turned into a time with, and a time into a share of the floor.
 
 Sources: NVIDIA's data sheets and architecture white papers of the A100, Ada, H100, H200 and Blackwell; tensor figures
-are dense, with float32 sums (int32 for int8).
+are dense, with float32 sums (int32 for int8). The L2 cache's 5120 bytes a clock are the A100's (its white paper); for
+Hopper and Blackwell none is published, and the same is assumed.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 #: Share of the data sheet's memory bandwidth that a kernel which only reads reaches; 4.3 of the H200's 4.8 TB/s.
@@ -24,6 +26,8 @@ class Machine:
     fp16_flops: float
     int8_ops: float
     l2_bytes: int
+    #: None where no figure is known.
+    l2_bytes_per_clock: int | None
     #: Per multiprocessor.
     shared_bytes: int
     max_threads: int
@@ -41,6 +45,11 @@ class Machine:
         return self.memory_bytes_per_s * STREAMED
 
     @property
+    def l2_bytes_per_s(self) -> float:
+        """Bytes per second from the L2 cache; infinite where that is not known."""
+        return math.inf if self.l2_bytes_per_clock is None else self.l2_bytes_per_clock * self.clock_hz
+
+    @property
     def slots_per_s(self) -> float:
         """Thread-instructions per second: four schedulers a multiprocessor, one warp instruction each a clock."""
         return self.sms * 4 * 32 * self.clock_hz
@@ -53,11 +62,11 @@ def arch_name(capability: tuple[int, int]) -> str:
 MACHINES: dict[str, Machine] = {
     machine.name: machine
     for machine in (
-        Machine("H200", (9, 0), 132, 1.755e9, 4.8e12, 989e12, 1979e12, 50 << 20, 228 << 10, 2048, 32),
-        Machine("H100", (9, 0), 132, 1.755e9, 3.35e12, 989e12, 1979e12, 50 << 20, 228 << 10, 2048, 32),
-        Machine("A100", (8, 0), 108, 1.41e9, 2.039e12, 312e12, 624e12, 40 << 20, 164 << 10, 2048, 32),
-        Machine("L40S", (8, 9), 142, 2.52e9, 0.864e12, 362e12, 733e12, 96 << 20, 100 << 10, 1536, 24),
-        Machine("RTX 4090", (8, 9), 128, 2.52e9, 1.008e12, 165e12, 661e12, 72 << 20, 100 << 10, 1536, 24),
-        Machine("B200", (10, 0), 148, 1.85e9, 8.0e12, 2250e12, 4500e12, 126 << 20, 228 << 10, 2048, 32),
+        Machine("H200", (9, 0), 132, 1.755e9, 4.8e12, 989e12, 1979e12, 50 << 20, 5120, 228 << 10, 2048, 32),
+        Machine("H100", (9, 0), 132, 1.755e9, 3.35e12, 989e12, 1979e12, 50 << 20, 5120, 228 << 10, 2048, 32),
+        Machine("A100", (8, 0), 108, 1.41e9, 2.039e12, 312e12, 624e12, 40 << 20, 5120, 164 << 10, 2048, 32),
+        Machine("L40S", (8, 9), 142, 2.52e9, 0.864e12, 362e12, 733e12, 96 << 20, None, 100 << 10, 1536, 24),
+        Machine("RTX 4090", (8, 9), 128, 2.52e9, 1.008e12, 165e12, 661e12, 72 << 20, None, 100 << 10, 1536, 24),
+        Machine("B200", (10, 0), 148, 1.85e9, 8.0e12, 2250e12, 4500e12, 126 << 20, 5120, 228 << 10, 2048, 32),
     )
 }

@@ -1,8 +1,7 @@
 """From counts to time: how many programs a multiprocessor holds, what a problem moves, how long it takes at least.
 
-A prediction is a bound, the largest of what the memory, the issue slots and the tensor cores need; it knows no launch,
-no first wave of latency and no L2 bandwidth. Products beyond the rate of a data sheet are not expected of the vendor
-either: see VENDOR.
+A prediction is a bound, the largest of what the memory, the L2 cache, the issue slots and the tensor cores need; it
+knows no launch and no first wave of latency. The vendor's product is not expected to reach the data sheet: see VENDOR.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ class Prediction:
     """At least this long, and why."""
 
     seconds: float
-    #: ``memory``, ``issue``, ``tensor``, or ``wait``: decoding and products one after the other.
+    #: ``memory``, ``l2``, ``issue``, ``tensor``, or ``wait``: decoding and products one after the other.
     bound: str
     #: Programs on the busiest multiprocessor, and how many of them at a time.
     programs_per_sm: int
@@ -160,6 +159,7 @@ def predict(
     clocks = {"issue": one.issue, "tensor": one.tensor, "wait": one.alone / resident}
     times = {name: per_sm * steps * each / machine.clock_hz for name, each in clocks.items()}
     times["memory"] = moved.memory / machine.stream_bytes_per_s
+    times["l2"] = moved.l2 / machine.l2_bytes_per_s
     # The sum of issue and products is a wait only if it is more than either.
     bound = max(times, key=lambda name: (times[name], name != "wait"))
     seconds = times[bound]

@@ -174,7 +174,7 @@ def test_products_that_are_waited_for_are_charged_after_what_comes_before() -> N
     assert predict.step(multiply(0), 8, 1024) == predict.Step(issue=12, tensor=64, alone=72)
 
 
-MACHINE = Machine("one", (9, 0), 10, 1e9, 1e12, 20e12, 40e12, 1 << 20, 228 << 10, 2048, 32)
+MACHINE = Machine("one", (9, 0), 10, 1e9, 1e12, 20e12, 40e12, 1 << 20, None, 228 << 10, 2048, 32)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +225,12 @@ def test_predicted_time() -> None:
     moved = 2560 * 1280 // 2 + 2560 * 2 + 2 * 16 * (1280 + 2560)
     assert (fast.bound, fast.seconds) == ("memory", pytest.approx(moved / 0.9e12))
     assert fast.share_of_floor == pytest.approx(floor / fast.seconds)
+    # Ten tiles of rows read x again, from an L2 cache of 10 bytes a clock.
+    small = replace(MACHINE, l2_bytes_per_clock=10)
+    cached = predict.predict(problem, fmt, config, predict.Step(10, 20, 30), 5, 2, small)
+    partials = 2 * 2 * 16 * 2560 * 4
+    l2 = 2560 * 1280 // 2 + 2560 * 2 + 10 * 16 * 1280 * 2 + partials + 16 * 2560 * 2
+    assert (cached.bound, cached.seconds) == ("l2", pytest.approx(l2 / 10e9))
     # In 16 bit, 16 tokens are bound by the weight, 64 by products at 80 % of 20 TFLOP/s.
     dense = 2 * (2560 * 1280 + 16 * (1280 + 2560)) / 0.9e12
     assert predict.vendor_seconds(problem, MACHINE) == pytest.approx(dense)
@@ -286,7 +292,7 @@ def recounted(cubin: bytes, threads: int, weights: int) -> float:
 
 def test_slots_agree_with_a_recount(dumped) -> None:
     data, folder, _ = dumped
-    for kernel in data["kernels"]:
+    for kernel in data["kernels"][:4]:
         cubin = (folder / kernel["cubin"]).read_bytes()
         slots = recounted(cubin, kernel["threads"], kernel["weights_per_iteration"])
         assert slots == pytest.approx(kernel["slots_per_weight"], rel=0.01), kernel["name"]
@@ -295,14 +301,14 @@ def test_slots_agree_with_a_recount(dumped) -> None:
 
 
 def held_jobs() -> dict[Job, Problem]:
-    """All that is held on Hopper; of the others the schemes that issue 3 names, and the tile of 16 tokens.
+    """All that is held on Hopper; of the others the schemes that issue 3 names, bfloat16 and the tile of 16 tokens.
 
     The rest, which `python -m bench audit --arch all` compares too, would take minutes.
     """
     named = ["w4a16", "w4a16-asym", "w4a16-g32", "w4a16-g32-asym", "w8a16", "w8a8"]
     jobs = jobs_of(budgets.held_problems(), list(FORMATS), "sm_90")
     for arch in sorted(set(CAPABILITIES) - {"sm_90"}):
-        jobs |= jobs_of([p for p in budgets.held_problems() if p.m == 16], named, arch)
+        jobs |= jobs_of([p for p in budgets.held_problems() if p.m == 16], named, arch, ["bf16"])
     return jobs
 
 
@@ -319,7 +325,9 @@ def test_every_scheme_has_budgets() -> None:
 def test_kernels_are_within_their_budgets(shipped) -> None:
     """What is mended must leave budgets.KNOWN, and what is not in it must not appear: then look at what changed."""
     compiled = {str(job) for job in shipped}
-    assert budgets.excesses(shipped) == sorted(line for line in budgets.KNOWN if line.partition(":")[0] in compiled)
+    known = {line for line in budgets.KNOWN if line.partition(":")[0] in compiled}
+    found = set(budgets.excesses(shipped))
+    assert (found - known, known - found) == (set(), set())
 
 
 def test_a_worse_kernel_is_seen(shipped) -> None:
