@@ -65,8 +65,10 @@ def _run(arguments: tuple[Case, str]) -> str | None:
 
 def warm(cases: Iterable[Case], job: Job, seconds: float) -> list[str]:
     """Compiles for at most so many seconds; returns what went wrong, which the stage itself will meet again."""
-    wanted = _distinct(list(cases), job)
-    if not job.processes or not wanted or not job.on_gpu:
+    if not job.processes or not job.on_gpu:
+        return []
+    wanted = distinct(list(cases), job.device)
+    if not wanted:
         return []
     # A process of its own for each: what one of them breaks on the GPU, the others and the stage do not feel.
     context = multiprocessing.get_context("spawn")
@@ -78,14 +80,12 @@ def warm(cases: Iterable[Case], job: Job, seconds: float) -> list[str]:
             return [f"compiling {len(wanted)} kernels took longer than {seconds:.0f} s"]
 
 
-def _distinct(cases: Sequence[Case], job: Job) -> list[Case]:
+def distinct(cases: Sequence[Case], device: torch.device) -> list[Case]:
     """One case for each kernel: M and N count by the configuration they lead to."""
     from qlinear.kernels.configs import choose_config
     from qlinear.kernels.runtime import target_of
 
-    if not job.on_gpu:
-        return []
-    target = target_of(job.device)
+    target = target_of(device)
     kept: dict[object, Case] = {}
     for case in cases:
         fmt, dtype = FORMATS[case.scheme], getattr(torch, case.dtype)

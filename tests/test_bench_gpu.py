@@ -15,8 +15,9 @@ from models import ROOT
 from bench import gpu, gpu_checks, gpu_model, gpu_ptx, gpu_speed, gpu_summary, gpu_tools
 from bench.gpu import Stage
 from bench.gpu_job import Job, Result, Sizes
-from bench.gpu_warm import Case, blank, run_case, warm
+from bench.gpu_warm import Case, blank, distinct, run_case, warm
 from qlinear.format import FORMATS
+from qlinear.kernels.configs import Config
 
 TINY = Sizes(
     schemes=("w4a16", "w8a8"),
@@ -230,6 +231,18 @@ def test_warming_up_launches_the_kernels(device: torch.device) -> None:
     assert weight.out_features == 130 and weight.weight.shape[0] == weight.scale.shape[0] == 3
     assert warm([Case("w4a16", "float16", 1, 64, 64)], job(torch.device("cpu"), processes=4), 1.0) == []
 
+
+def test_every_kernel_is_compiled_once(device: torch.device) -> None:
+    cases = [Case("w4a16", "float16", m, n, 4096) for m in (1, 5, 8, 12, 256) for n in (4096, 4112, 1001)]
+    kept = distinct(cases, device)
+    assert {(case.m, case.n) for case in kept} >= {(1, 4096), (1, 1001), (12, 4096), (256, 4096)}
+    assert not {(case.m, case.n) for case in kept} & {(5, 4096), (8, 4112)}
+    config = distinct([Case("w4a16", "float16", 1, 64, 128, config=c) for c in CONFIGS], device)
+    assert [case.config for case in config] == [CONFIGS[0], CONFIGS[2]]
+
+
+#: The first two differ in what is not compiled in.
+CONFIGS = [Config(16, 64, 4, 2), Config(16, 64, 4, 2, split_k=3), Config(16, 64, 4, 3)]
 
 JUNIT = """<testsuites><testsuite><testcase classname="tests.a" name="good" time="1.5"/>
 <testcase classname="tests.a" name="bad" time="0.1"><failure message="1 != 2&#10;more">whole text</failure></testcase>
