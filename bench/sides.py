@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,6 +90,8 @@ def _packed_call(p: PackedWeight) -> Callable[[Tensor], Tensor]:
 
 def operators(call: Callable[[], object]) -> set[str]:
     """The names of the operators that a call runs on the CPU."""
+    # The profiler's library logs its every start and stop, unless it is told not to before its first.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as trace:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -176,6 +181,67 @@ def test_turns_are_many_and_short() -> None:
     assert set(times) == {"a", "b"}
     turns = [name for name, _ in itertools.groupby(calls[4:])]
     assert turns == ["a", "b"] * 3
+
+
+class FakeGraph:
+    """A CUDA graph that remembers how often it was replayed."""
+
+    made: ClassVar[list[FakeGraph]] = []
+
+    def __init__(self) -> None:
+        self.replays, self.ended = 0, False
+        self.made.append(self)
+
+    def capture_begin(self) -> None:
+        assert not gc.isenabled()
+
+    def capture_end(self) -> None:
+        self.ended = True
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class FakeEvent:
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0
+
+    def record(self) -> None:
+        self.at = sum(graph.replays for graph in FakeGraph.made)
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        """Every replay takes 64 us."""
+        return (end.at - self.at) * 0.064
+
+
+def test_replays_are_timed_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic around a device's clock and graphs, on ones that are made up."""
+    monkeypatch.setattr(FakeGraph, "made", [])
+    monkeypatch.setattr(timing, "_capture_stream", lambda index: SimpleNamespace(wait_stream=lambda other: None))
+    for name, value in {
+        "CUDAGraph": FakeGraph,
+        "Event": FakeEvent,
+        "stream": lambda stream: nullcontext(),
+        "device": lambda device: nullcontext(),
+        "synchronize": lambda device: None,
+        "current_stream": lambda device: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    calls: list[int] = []
+
+    def refuses() -> None:
+        if not gc.isenabled():
+            raise RuntimeError("not while a graph is captured")
+
+    sides = {"ours": [partial(calls.append, copy) for copy in range(5)], "refuses": [refuses]}
+    with pytest.warns(UserWarning, match="refuses cannot be captured"):
+        times = timing.replayed(sides, 3, 0.0, torch.device("cuda", 0))
+    # 32 calls at least, in whole turns of the five copies: 35 in a graph.
+    assert times == {"ours": pytest.approx(64e-6 / 35)} and gc.isenabled()
+    assert calls[-35:] == [0, 1, 2, 3, 4] * 7 and FakeGraph.made[0].replays == 5
+    assert all(graph.ended for graph in FakeGraph.made)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
