@@ -85,8 +85,12 @@ def quantize(weight: Tensor, fmt: Format, search: bool = True) -> Codes:
     zero = None if fmt.symmetric else torch.empty((n, groups), dtype=torch.uint8, device=weight.device)
     result, source = Codes(codes, scale, zero), weight.detach()
 
+    inference = torch.is_inference_mode_enabled()
+
     def one(rows: slice) -> None:
-        _quantize_rows(source, fmt, search, rows, result)
+        # A thread of the pool starts outside the caller's inference mode, and may not write its tensors there.
+        with torch.inference_mode(inference):
+            _quantize_rows(source, fmt, search, rows, result)
 
     tiles = list(_tiles(n, groups * (fmt.group_size or k), weight.is_cuda))
     threads = min(torch.get_num_threads(), _MAX_THREADS, len(tiles) // 4)

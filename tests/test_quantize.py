@@ -236,3 +236,15 @@ def test_outliers_of_a_row_are_not_clipped(name: str) -> None:
     weight[:, 100] = 3.0  # no outlier: somewhere it is clipped for the sake of the others
     clipped = (dequantized(quantize(weight, fmt), fmt) - weight.double()).abs()[:, 100].max()
     assert clipped > 0.25
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no-grad", "inference"])
+def test_threads_give_the_same_bits_in_every_mode(mode, monkeypatch):
+    """Tiles are rounded by a pool of threads, which do not inherit the caller's mode."""
+    weight, fmt = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0)), FORMATS["w4a16-g32-asym"]
+    alone = quantize(weight, fmt)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with mode():
+        shared = quantize(weight, fmt)
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one, other)
