@@ -67,8 +67,11 @@ def compile_all(jobs: Sequence[Job], dump: Path) -> dict[Job, dict[str, Any]]:
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as worker:
             assert worker.stdin is not None and worker.stdout is not None
-            while queue and worker.poll() is None:
-                job = queue.popleft()
+            while worker.poll() is None:
+                try:
+                    job = queue.popleft()
+                except IndexError:  # another thread took the last one
+                    break
                 print(json.dumps(asdict(job)), file=worker.stdin, flush=True)
                 results[job] = json.loads(worker.stdout.readline() or '{"error": "the compiler crashed"}')
                 progress.update()

@@ -97,8 +97,11 @@ def compile_all(indices: list[int]) -> dict[int, dict[str, object]]:
         command = [sys.executable, __file__]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as worker:
-            while queue and worker.poll() is None:
-                index = queue.popleft()
+            while worker.poll() is None:
+                try:
+                    index = queue.popleft()
+                except IndexError:  # another thread took the last one
+                    break
                 print(index, file=worker.stdin, flush=True)
                 results[index] = json.loads(worker.stdout.readline() or '{"error": "the compiler crashed"}')
 
