@@ -36,7 +36,7 @@ def run(
     Args:
         dump: where the cubins go; None for nowhere.
     """
-    wanted = list(problems(models))
+    wanted = problems(models)
     jobs: dict[Job, Problem] = {}
     for arch in archs:
         jobs |= jobs_of(wanted, schemes, arch)

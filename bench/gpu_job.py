@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.matmul import Layer, layers_of
+from bench.problems import Layer, layers_of
 from qlinear.format import FORMATS
 
 Result = dict[str, Any]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bench import peers as others
 from bench.machines import MACHINES, Machine
-from bench.problems import LAYERS, TOKENS
+from bench.problems import LAYERS, TOKENS, Layer, layers_of
 from bench.sides import Side, Unavailable, float_side, operators, packed_side, quiet
 from bench.timing import in_turns, replayed, rotating
 from qlinear import ops, reference
@@ -28,7 +28,6 @@ from qlinear.packing import PackedWeight, pack
 SCHEMES = ("w4a16", "w4a16-g32-asym", "w8a16", "w8a8")
 CPU_TOKENS = (1, 16, 128)
 
-Layer = tuple[str, str, int, int]
 Row = dict[str, Any]
 
 
@@ -62,20 +61,6 @@ class _Entry:
     #: None: the product by the float weight.
     packed: PackedWeight | None = None
     dense: Tensor | None = None
-
-
-def layers_of(models: Iterable[str]) -> list[Layer]:
-    """(model, layer, n, k) of the models' layers.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    found = []
-    for model in models:
-        if model not in LAYERS:
-            raise ValueError(f"there is no model {model!r}; the models are: {', '.join(LAYERS)}")
-        found += [(model, layer, n, k) for layer, (n, k) in LAYERS[model].items()]
-    return found
 
 
 #: SmolLM2's layers, and 4096x4096.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 #: (out_features, in_features) by model and layer; q, k and v are separate, as are gate and up.
@@ -12,6 +12,9 @@ LAYERS: dict[str, dict[str, tuple[int, int]]] = {
     "Llama-3-8B": {"q,o": (4096, 4096), "k,v": (1024, 4096), "gate,up": (14336, 4096), "down": (4096, 14336)},
     "Llama-3-70B": {"q,o": (8192, 8192), "k,v": (1024, 8192), "gate,up": (28672, 8192), "down": (8192, 28672)},
 }
+#: (model, layer, out_features, in_features)
+Layer = tuple[str, str, int, int]
+
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 
 
@@ -28,15 +31,24 @@ class Problem(NamedTuple):
         return f"{self.model} {self.layer} {self.m} x {self.n} x {self.k}"
 
 
-def problems(models: Sequence[str] = tuple(LAYERS), tokens: Sequence[int] = TOKENS) -> Iterator[Problem]:
+def layers_of(models: Iterable[str]) -> list[Layer]:
+    """(model, layer, n, k) of the models' layers.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    found = []
+    for model in models:
+        if model not in LAYERS:
+            raise ValueError(f"there is no model {model!r}; the models are: {', '.join(LAYERS)}")
+        found += [(model, layer, n, k) for layer, (n, k) in LAYERS[model].items()]
+    return found
+
+
+def problems(models: Iterable[str] = LAYERS, tokens: Iterable[int] = TOKENS) -> list[Problem]:
     """Every layer of the models with every number of tokens.
 
     Raises:
-        ValueError: there is no such model here.
+        ValueError: there is no such model.
     """
-    for model in models:
-        if model not in LAYERS:
-            raise ValueError(f"there is no model {model!r} here; the models are: {', '.join(LAYERS)}")
-        for layer, (n, k) in LAYERS[model].items():
-            for m in tokens:
-                yield Problem(model, layer, m, n, k)
+    return [Problem(model, layer, m, n, k) for model, layer, n, k in layers_of(models) for m in tokens]

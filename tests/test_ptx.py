@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import triton
 import triton.language as tl
 from ptx import evaluate, inline_ptx
 
+from bench.gpu_ptx import decode
 from qlinear.kernels.decode import DECODERS
 from qlinear.layout import unpack_planes
 
@@ -65,35 +65,8 @@ def test_inline_ptx_of_signed_nibbles():
     np.testing.assert_array_equal(high / 16, signed >> 4)
 
 
-@triton.jit
-def _decode_kernel(
-    w_ptr,
-    y_ptr,
-    COUNT,
-    SIZE: tl.constexpr,
-    DECODE: tl.constexpr,
-    PLANES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Plane j of every word, less OFFSET, to y[j]."""
-    offs = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    zeros = ()
-    for _ in tl.static_range(PLANES):
-        zeros += (OFFSET,)
-    planes = DECODE(tl.load(w_ptr + offs), zeros, PTX, y_ptr.dtype.element_ty)
-    for j in tl.static_range(PLANES):
-        tl.store(y_ptr + j * COUNT + offs, planes[j])
-
-
 def _decode(packing: str, device: torch.device, dtype: torch.dtype, offset: int, ptx: bool) -> torch.Tensor:
-    decoder = DECODERS[packing]
-    y = torch.full((decoder.planes, WORDS.numel()), float("nan"), dtype=dtype, device=device)
-    # Blocks of 1024 words: all in one program would spill kilobytes on a GPU. The interpreter is fastest with one.
-    count, size = WORDS.numel(), 1024 if device.type == "cuda" else WORDS.numel()
-    words = WORDS.to(device)
-    _decode_kernel[(count // size,)](words, y, count, size, decoder.function, decoder.planes, offset, ptx)
-    return y.cpu()
+    return decode(packing, WORDS.to(device), dtype, offset, ptx).cpu()
 
 
 @pytest.mark.parametrize(("packing", "offset"), [("planar4", 8), ("planar4", 0), ("planar4", 15), ("planar8", 128)])
