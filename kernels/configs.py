@@ -96,7 +96,7 @@ def choose_config(
     return _choose(_bucket(m), m > M_BUCKETS[-1], n, k, fmt, dtype, capability, num_sms)
 
 
-# Asked before every launch, which costs a GPU's host more than the launch itself.
+# Asked before every launch, always for the same few problems.
 @functools.cache
 def _choose(
     bucket: int, more: bool, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
