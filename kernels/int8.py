@@ -148,6 +148,22 @@ def int8_linear_tensors(
     if k > MAX_IN_FEATURES:
         raise ValueError(f"in_features is {k}; sums of int8 products fit int32 up to {MAX_IN_FEATURES}")
     q, x_scale = _quantize_padded(x)
-    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
-    launch(q, x_scale, weight, scale, fmt, bias, y, k, config)
+    return int8_product(q, x_scale, weight, scale, fmt, out_features, k, bias, x.dtype, config)
+
+
+def int8_product(
+    q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    fmt: Format,
+    out_features: int,
+    in_features: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> Tensor:
+    """The product of rounded tokens: q int8 ``[M, in_features]`` and zeros to a multiple of 128; x_scale ``[M]``."""
+    y = torch.empty(q.shape[0], out_features, dtype=dtype, device=q.device)
+    launch(q, x_scale, weight, scale, fmt, bias, y, in_features, config)
     return y

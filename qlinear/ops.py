@@ -1,13 +1,13 @@
 """``torch.ops.qlinear.*``: schema, shapes, CPU and CUDA implementations and autograd, registered once.
 
-Compile, export and CUDA graphs see one opaque call per layer. The scheme travels by name; the layout is told by the
-weight.
+Export and CUDA graphs see one opaque call per layer, and so does compile where activations stay in float. The scheme
+travels by name; the layout is told by the weight.
 
 - ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features)``: ``x @ W.T + bias`` for x
   ``[..., K]``.
 - ``dequantize(weight, scale, zero_point?, scheme, in_features, out_features, dtype)``: the float weight ``[N, K]``.
-- ``quantize_activations(x)``: int8 values ``[M, K]`` and float32 scales ``[M, 1]`` of x ``[M, K]``, per token.
-- ``rms_norm_quantize(x, gain, eps)``: the same of ``x * gain / sqrt(mean(x**2) + eps)``, gain ``[K]``, in one kernel.
+
+Operators on rounded tokens are in :mod:`qlinear.token_ops`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from qlinear import cpu
 from qlinear.format import FORMATS, Format
 from qlinear.layout import layout_of
 from qlinear.packing import PackedWeight
+from qlinear.token_ops import linear_in_parts
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -81,8 +82,6 @@ _library.define(
     "dequantize(Tensor weight, Tensor scale, Tensor? zero_point, str scheme, int in_features, int out_features, "
     "ScalarType dtype) -> Tensor"
 )
-_library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
-_library.define("rms_norm_quantize(Tensor x, Tensor gain, float eps) -> (Tensor, Tensor)")
 
 
 def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
@@ -131,14 +130,12 @@ def _linear_any(
 ) -> Tensor:
     """Any device: dequantize the whole weight and multiply."""
     _check(x, weight, k)
-    fmt = FORMATS[scheme]
-    dense = PackedWeight(weight, scale, zero, fmt, n, k).dequantize(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    if not fmt.integer_activations:
-        return F.linear(x, dense, bias)
-    values, token_scale = cpu.quantize_activations(x.reshape(-1, k))
-    y = (values.to(torch.float32) @ dense.t().float()).mul_(token_scale).to(x.dtype).view(*x.shape[:-1], n)
-    return y if bias is None else y + bias
+    if FORMATS[scheme].integer_activations:
+        values, token_scale = torch.ops.qlinear.quantize_activations(x.reshape(-1, k))
+        y: Tensor = torch.ops.qlinear.int8_linear(values, token_scale, weight, scale, bias, scheme, k, n, x.dtype)
+        return y.view(*x.shape[:-1], n)
+    dense = PackedWeight(weight, scale, zero, FORMATS[scheme], n, k).dequantize(x.dtype)
+    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
 
 def _linear_fake(
@@ -170,55 +167,13 @@ def _dequantize_fake(
     return weight.new_empty(n, k, dtype=dtype)
 
 
-def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
-    from qlinear.kernels.int8 import quantize_activations
-
-    values, scale = quantize_activations(x)
-    # The kernel pads rows to blocks of 128; what the operator returns is contiguous, as its fake says.
-    return values.contiguous(), scale.view(-1, 1)
-
-
-def _norm_quantize_cuda(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from qlinear.kernels.int8 import rms_norm_quantize
-
-    _check_gain(x, gain)
-    values, scale = rms_norm_quantize(x, gain, eps)
-    return values.contiguous(), scale.view(-1, 1)
-
-
-def _norm_quantize_any(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check_gain(x, gain)
-    return cpu.rms_norm_quantize(x, gain, eps)
-
-
-def _check_gain(x: Tensor, gain: Tensor) -> None:
-    if x.dim() != 2 or tuple(gain.shape) != (x.shape[-1],) or gain.device != x.device:
-        got = f"{tuple(x.shape)} on {x.device} and {tuple(gain.shape)} on {gain.device}"
-        raise ValueError(f"an RMS norm takes x [M, K] and its gain [K] on one device, got {got}")
-
-
-def _norm_quantize_fake(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check_gain(x, gain)
-    return _quantize_fake(x)
-
-
-def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
-
-
 _library.impl("linear", _linear_cpu, "CPU")
 _library.impl("linear", _linear_cuda, "CUDA")
 _library.impl("linear", _linear_any, "CompositeExplicitAutograd")
 _library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _library.impl("dequantize", _dequantize_cuda, "CUDA")
-_library.impl("quantize_activations", cpu.quantize_activations, "CompositeExplicitAutograd")
-_library.impl("quantize_activations", _quantize_cuda, "CUDA")
-_library.impl("rms_norm_quantize", _norm_quantize_any, "CompositeExplicitAutograd")
-_library.impl("rms_norm_quantize", _norm_quantize_cuda, "CUDA")
 torch.library.register_fake("qlinear::linear", _linear_fake, lib=_library)
 torch.library.register_fake("qlinear::dequantize", _dequantize_fake, lib=_library)
-torch.library.register_fake("qlinear::quantize_activations", _quantize_fake, lib=_library)
-torch.library.register_fake("qlinear::rms_norm_quantize", _norm_quantize_fake, lib=_library)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -258,16 +213,19 @@ def linear(
 ) -> Tensor:
     """``torch.ops.qlinear.linear``, past the dispatcher where nothing but the result is asked for.
 
+    Under ``torch.compile`` a layer with int8 activations is several operators: see :mod:`qlinear.token_ops`.
+
     The dispatcher and its way back into Python cost 6 to 10 us a call: a tenth of the decoding time of a small model on
     a CPU. Tracing, gradients, tensor subclasses and dispatch modes need it and get it.
     """
-    if (
-        type(x) is not Tensor
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or is_in_torch_dispatch_mode()
-        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-    ):
+    gradients = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if torch.compiler.is_compiling():
+        fmt = FORMATS[scheme]
+        if fmt.integer_activations and not gradients and not torch.compiler.is_exporting():
+            _check(x, weight, k)
+            return linear_in_parts(x, weight, scale, bias, fmt, k, n)
+        return _linear_op(x, weight, scale, zero, bias, scheme, k, n)
+    if gradients or type(x) is not Tensor or torch._C._get_tracing_state() is not None or is_in_torch_dispatch_mode():
         return _linear_op(x, weight, scale, zero, bias, scheme, k, n)
     direct = _DIRECT.get(x.device.type, _linear_op)
     return direct(x, weight, scale, zero, bias, scheme, k, n)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import random_packed, relative_error, same_bits
+from models import needs_cpp_compiler, random_packed, relative_error, same_bits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -110,13 +110,7 @@ def test_compile_trains_what_is_around_it():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 def test_compile_with_inductor():
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        pytest.skip("there is no C++ compiler, which inductor needs on a CPU")
+    needs_cpp_compiler()
     model = small_model("w4a16-g32-asym")
     x = torch.randn(4, K, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -17,6 +17,7 @@ FLOORS = [
     ["layout"],
     ["packing"],
     ["reference", "cpu", "kernels"],
+    ["token_ops"],
     ["ops"],
     ["linear"],
     ["undo"],

@@ -1,0 +1,141 @@
+"""Operators on tokens rounded to int8: to round them, alone or after a norm, and to multiply what was rounded.
+
+- ``torch.ops.qlinear.quantize_activations(x)``: int8 values ``[M, K]`` and float32 scales ``[M, 1]`` of x ``[M, K]``.
+- ``rms_norm_quantize(x, gain, eps)``: the same of ``x * gain / sqrt(mean(x**2) + eps)``, gain ``[K]``, in one kernel.
+- ``int8_linear(values, token_scale, weight, scale, bias?, scheme, in_features, out_features, dtype)``: the product of
+  what either returned with a packed weight, ``[M, N]`` in ``dtype``.
+
+Under ``torch.compile`` a layer with int8 activations rounds its tokens in PyTorch's own operators, which inductor fuses
+with what made the tokens and with each other: layers that read the same ones (q, k and v; gate and up) round them in
+one kernel. Outside of it every layer rounds its own. Remembering the last tokens instead would be unsafe: replaying a
+CUDA graph writes into tensors without leaving a trace on them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qlinear import cpu
+from qlinear.format import BLOCK_K, FORMATS, Format
+from qlinear.layout import layout_of
+from qlinear.packing import PackedWeight
+
+_library = torch.library.Library("qlinear", "FRAGMENT")
+_library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
+_library.define("rms_norm_quantize(Tensor x, Tensor gain, float eps) -> (Tensor, Tensor)")
+_library.define(
+    "int8_linear(Tensor values, Tensor token_scale, Tensor weight, Tensor scale, Tensor? bias, str scheme, "
+    "int in_features, int out_features, ScalarType dtype) -> Tensor"
+)
+
+
+def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
+    from qlinear.kernels.int8 import quantize_activations
+
+    values, scale = quantize_activations(x)
+    # The kernel pads rows to blocks of 128; what the operator returns is contiguous, as its fake says.
+    return values.contiguous(), scale.view(-1, 1)
+
+
+def _norm_quantize_cuda(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from qlinear.kernels.int8 import rms_norm_quantize
+
+    _check_gain(x, gain)
+    values, scale = rms_norm_quantize(x, gain, eps)
+    return values.contiguous(), scale.view(-1, 1)
+
+
+def _norm_quantize_any(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check_gain(x, gain)
+    return cpu.rms_norm_quantize(x, gain, eps)
+
+
+def _check_gain(x: Tensor, gain: Tensor) -> None:
+    if x.dim() != 2 or tuple(gain.shape) != (x.shape[-1],) or gain.device != x.device:
+        got = f"{tuple(x.shape)} on {x.device} and {tuple(gain.shape)} on {gain.device}"
+        raise ValueError(f"an RMS norm takes x [M, K] and its gain [K] on one device, got {got}")
+
+
+def _norm_quantize_fake(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check_gain(x, gain)
+    return _quantize_fake(x)
+
+
+def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+def _int8_linear_any(
+    values: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    scheme: str,
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Any device: dequantizes the whole weight. float32 holds sums of int8 products up to 2**24 exactly."""
+    dense = PackedWeight(weight, scale, None, FORMATS[scheme], n, k).dequantize(torch.float32)
+    y = (values.to(torch.float32) @ dense.t()).mul_(token_scale).to(dtype)
+    return y if bias is None else y + bias.to(dtype)
+
+
+def _int8_linear_cuda(
+    values: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    scheme: str,
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if layout_of(weight) != "triton":
+        return _int8_linear_any(values, token_scale, weight, scale, bias, scheme, k, n, dtype)
+    from qlinear.kernels.int8 import int8_product
+
+    padded = F.pad(values, (0, -k % BLOCK_K)) if k % BLOCK_K else values
+    return int8_product(padded, token_scale.view(-1), weight, scale, FORMATS[scheme], n, k, bias, dtype)
+
+
+def _int8_linear_fake(
+    values: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    scheme: str,
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return values.new_empty(values.shape[0], n, dtype=dtype)
+
+
+_library.impl("quantize_activations", cpu.quantize_activations, "CompositeExplicitAutograd")
+_library.impl("quantize_activations", _quantize_cuda, "CUDA")
+_library.impl("rms_norm_quantize", _norm_quantize_any, "CompositeExplicitAutograd")
+_library.impl("rms_norm_quantize", _norm_quantize_cuda, "CUDA")
+_library.impl("int8_linear", _int8_linear_any, "CompositeExplicitAutograd")
+_library.impl("int8_linear", _int8_linear_cuda, "CUDA")
+torch.library.register_fake("qlinear::quantize_activations", _quantize_fake, lib=_library)
+torch.library.register_fake("qlinear::rms_norm_quantize", _norm_quantize_fake, lib=_library)
+torch.library.register_fake("qlinear::int8_linear", _int8_linear_fake, lib=_library)
+
+
+def linear_in_parts(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, fmt: Format, k: int, n: int
+) -> Tensor:
+    """``torch.ops.qlinear.linear`` for a format with int8 activations, in pieces that ``torch.compile`` can fuse."""
+    flat = x.reshape(-1, k)
+    if x.device.type == "cpu":
+        product = cpu.matmul(flat, weight, scale, None, fmt, n)
+        return (product if bias is None else product + bias.to(x.dtype)).view(*x.shape[:-1], n)
+    values, token_scale = cpu.quantize_activations(flat)
+    y: Tensor = torch.ops.qlinear.int8_linear(values, token_scale, weight, scale, bias, fmt.name, k, n, x.dtype)
+    return y.view(*x.shape[:-1], n)
