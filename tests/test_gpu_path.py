@@ -7,7 +7,7 @@ import torch
 from models import random_packed, relative_error
 
 import qlinear
-from qlinear import ops, reference
+from qlinear import ops, reference, token_ops
 from qlinear.format import FORMATS, Format
 from qlinear.kernels import dequantize as kernels_dequantize
 
@@ -61,7 +61,7 @@ def test_activations_are_rounded_as_on_a_cpu(device: torch.device) -> None:
     from qlinear import cpu
 
     x = torch.randn(5, 200).bfloat16()
-    values, scale = ops._quantize_cuda(x.to(device))
+    values, scale = token_ops._quantize_cuda(x.to(device))
     wanted, wanted_scale = cpu.quantize_activations(x)
     assert values.is_contiguous() and scale.shape == (5, 1)
     assert torch.equal(values.cpu(), wanted) and torch.equal(scale.cpu(), wanted_scale)
@@ -106,3 +106,13 @@ def test_compile_and_cuda_graphs(scheme: str) -> None:
         captured.zero_()
         graph.replay()
     assert torch.equal(captured, wanted)
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt.integer_activations], ids=str)
+def test_rounded_tokens_are_multiplied_as_by_the_whole(fmt: Format, device: torch.device) -> None:
+    _, (weight, scale, _, bias, name, k, n) = _arguments(fmt, 70, 200, device)
+    x = torch.randn(3, 200).half().to(device)
+    whole = ops._linear_cuda(x, weight, scale, None, bias, name, k, n)  # type: ignore[arg-type]
+    values, token_scale = token_ops._quantize_cuda(x)
+    parts = token_ops._int8_linear_cuda(values, token_scale, weight, scale, bias, name, k, n, x.dtype)  # type: ignore[arg-type]
+    assert torch.equal(parts, whole)
