@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import torch
 
 from bench import sass
 from bench.cubins import DTYPES, WORKERS, Job, compile_all, disassemble
-from bench.machines import MACHINES, arch_name
 from bench.predict import Resources, blocks_per_sm, dequantizes
 from bench.problems import Problem
 from qlinear.format import BLOCK_K, FORMATS, Format
 from qlinear.kernels.configs import Config, choose_config
+from qlinear.kernels.machines import MACHINES, arch_name
 
 CAPABILITIES = {machine.arch: machine.capability for machine in MACHINES.values()}
 
@@ -52,12 +53,13 @@ def jobs_of(
                     job, _ = job_and_config(problem, scheme, dtype, machine.capability, machine.sms)
                     best = found.get(job, problem)
                     # One that takes this kernel and not the vendor's comes first.
-                    found[job] = max(best, problem, key=lambda p, j=job: _prominence(p, j))  # type: ignore[misc]
+                    found[job] = max(best, problem, key=partial(_prominence, job))
     return found
 
 
-def _prominence(problem: Problem, job: Job) -> tuple[bool, int, int]:
-    fused = not dequantizes(job.format, DTYPES[job.dtype], problem.m)
+def _prominence(job: Job, problem: Problem) -> tuple[bool, int, int]:
+    machines = [machine for machine in MACHINES.values() if machine.capability == job.capability]
+    fused = not all(dequantizes(problem, job.format, DTYPES[job.dtype], machine) for machine in machines)
     return fused, problem.n * problem.k, problem.m
 
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from bench.audit import Audited, job_and_config
 from bench.cubins import Job
-from bench.machines import MACHINES, Machine
 from bench.predict import traffic
 from bench.problems import Problem, problems
 from qlinear.format import FORMATS
+from qlinear.kernels.machines import MACHINES, Machine
 
 
 class Slots(NamedTuple):

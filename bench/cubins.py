@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.machines import arch_name
 from bench.sass import Instruction, parse
 from qlinear.format import FORMATS, Format
 from qlinear.kernels.configs import Config
+from qlinear.kernels.machines import arch_name
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WORKERS = 2

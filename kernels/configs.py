@@ -7,7 +7,7 @@ bucket).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability
 
 #: Tokens are rounded up to the next of these; more than the last are covered by tiles of the last.
 M_BUCKETS = (8, 16, 64, 128)
+#: Stands for the bucket of more tokens than that.
+MANY = 2 * M_BUCKETS[-1]
 
 _Tiles = dict[int, tuple[tuple[int, int, int], ...]]
 
@@ -89,11 +91,31 @@ class Config:
         return f"{self.block_m}x{self.block_n}-w{self.num_warps}-s{self.num_stages}-k{self.split_k}"
 
 
+#: Measured configurations by (scheme, dtype, M bucket, out_features, in_features).
+Measured = Mapping[tuple[str, torch.dtype, int, int, int], Config]
+
+
 def choose_config(
-    m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
+    m: int,
+    n: int,
+    k: int,
+    fmt: Format,
+    dtype: torch.dtype,
+    capability: Capability,
+    num_sms: int,
+    measured: Measured | None = None,
 ) -> Config:
-    """The configuration for x ``[m, k]`` of ``dtype`` and a weight ``[n, k]``."""
-    return _choose(_bucket(m), m > M_BUCKETS[-1], n, k, fmt, dtype, capability, num_sms)
+    """The configuration for x ``[m, k]`` of ``dtype`` and a weight ``[n, k]``.
+
+    Args:
+        measured: what ``qlinear tune`` found on this GPU; it wins over what is computed.
+    """
+    bucket = bucket_of(m)
+    if measured:
+        found = measured.get((fmt.name, dtype, bucket, n, k))
+        if found is not None:
+            return found
+    return _choose(min(bucket, M_BUCKETS[-1]), bucket == MANY, n, k, fmt, dtype, capability, num_sms)
 
 
 # Asked before every launch, always for the same few problems.
@@ -125,14 +147,38 @@ def dense_rows(m: int, n: int, k: int, itemsize: int, num_sms: int, l2_bytes: in
     return n if slices == 1 else -(-n // slices // 128) * 128
 
 
+def refusal(
+    config: Config, bucket: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability
+) -> str | None:
+    """Why a configuration cannot be used for a problem, None where it can: what is tuned is held to this.
+
+    A tile has the tokens of its bucket and rows that divide by :data:`~qlinear.format.TILE_N`; its buffers fit the
+    shared memory of a processor; no part of K is empty; many tokens, whose number is open, are not split.
+    """
+    block_m = _tiles(min(bucket, M_BUCKETS[-1]), fmt, dtype, capability)[0][0]
+    if config.block_m != block_m or config.block_n not in (64, 128, 256) or config.num_warps not in (4, 8):
+        return f"no tile of {bucket} tokens is {config.block_m}x{config.block_n} in {config.num_warps} warps"
+    shared = 64 if isinstance(capability, str) else _SHARED_KIB.get(capability, 99)
+    buffers = (config.num_stages - 1) * sum(_tile_bytes(block_m, config.block_n, fmt, dtype))
+    if not 2 <= config.num_stages <= 6 or buffers > shared << 10:
+        return f"{config.num_stages} buffers are not 2 to 6, or more than {shared} KiB"
+    blocks, split = -(-k // BLOCK_K), config.split_k
+    if split < 1 or split > blocks or -(-blocks // -(-blocks // split)) != split:
+        return f"{blocks} blocks along K cannot be cut into {split} parts"
+    if split > 1 and (bucket == MANY or -(-n // config.block_n) > MAX_SPLIT_TILES):
+        return "K is split for few tokens and few tiles only"
+    return None
+
+
 def shipped_configs(fmt: Format, dtype: torch.dtype, capability: Capability) -> Iterator[Config]:
     """Every configuration :func:`choose_config` can return, up to ``split_k``, which is not compiled in."""
     for tile in dict.fromkeys(tile for bucket in M_BUCKETS for tile in _tiles(bucket, fmt, dtype, capability)):
         yield Config(*tile, _num_stages(*tile, fmt, dtype, capability))
 
 
-def _bucket(m: int) -> int:
-    return next((bucket for bucket in M_BUCKETS if m <= bucket), M_BUCKETS[-1])
+def bucket_of(m: int) -> int:
+    """The bucket of ``m`` tokens: its largest M, or :data:`MANY`."""
+    return next((bucket for bucket in M_BUCKETS if m <= bucket), MANY)
 
 
 def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability) -> tuple[tuple[int, int, int], ...]:
@@ -168,9 +214,14 @@ def _num_stages(
     if isinstance(capability, str) or dtype == torch.float32:
         return 2
     budget = (_SHARED_KIB.get(capability, 99) << 10) * num_warps // 8
-    weight = block_n * BLOCK_K * fmt.bits // 8
-    tokens = block_m * BLOCK_K * (1 if fmt.integer_activations else dtype.itemsize)
+    weight, tokens = _tile_bytes(block_m, block_n, fmt, dtype)
     # The rest is for scales and changes of layout. Tokens are consumed in place, as int8 weights are where tokens are
     # int8; a weight that is decoded has left its buffer.
     spare = 0 if fmt.integer_activations and fmt.bits == 8 else 1
     return next((s for s in (4, 3) if (s - spare) * weight + s * tokens + (6 << 10) <= budget), 2)
+
+
+def _tile_bytes(block_m: int, block_n: int, fmt: Format, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the weight and of the tokens in one block of 128 along K."""
+    tokens = block_m * BLOCK_K * (1 if fmt.integer_activations else dtype.itemsize)
+    return block_n * BLOCK_K * fmt.bits // 8, tokens

@@ -17,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from qlinear.format import BLOCK_K, TILE_N, Format
-from qlinear.kernels.configs import Config, choose_config
+from qlinear.kernels.configs import Config
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, counters, device_guard, target_of, unused
 from qlinear.kernels.tiles import TILE_N as TILE_ROWS
 from qlinear.kernels.tiles import concat, decode_block, load_scales, scale_planes, scale_rows
+from qlinear.kernels.tuned import config_on
 
 if TYPE_CHECKING:
     from qlinear.packing import PackedWeight
@@ -279,7 +280,7 @@ def launch(
         y.copy_(wide)
         return
     if config is None:
-        config = choose_config(m, n, in_features, fmt, y.dtype, target.capability, target.num_sms)
+        config = config_on(x.device, m, n, in_features, fmt, y.dtype)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     sums = torch.int32 if fmt.integer_sums else torch.float32
     if config.split_k == 1:

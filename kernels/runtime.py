@@ -46,11 +46,12 @@ def target_of(device: torch.device) -> Target:
             f"the Triton kernels need tensors on a CUDA or ROCm device, got {device}; "
             "on a CPU use qlinear.QLinear or torch.ops.qlinear, or set TRITON_INTERPRET=1 before importing triton"
         )
-    return _gpu_target(torch.cuda.current_device() if device.index is None else device.index)
+    return gpu_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
-def _gpu_target(index: int) -> Target:
+def gpu_target(index: int) -> Target:
+    """The target of CUDA device ``index``."""
     properties = torch.cuda.get_device_properties(index)
     capability: Capability = (properties.major, properties.minor)
     if torch.version.hip is not None:

@@ -41,7 +41,12 @@ class Candidate:
 
 
 def convert(
-    model: nn.Module, what: What, *, compute_dtype: torch.dtype | None = None, progress: bool | None = None
+    model: nn.Module,
+    what: What,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    keep_dense: bool = False,
+    progress: bool | None = None,
 ) -> nn.Module:
     """Swaps ``nn.Linear`` and Hugging Face ``Conv1D`` for :class:`~qlinear.QLinear`, in place; returns the root.
 
@@ -53,6 +58,8 @@ def convert(
             tied to the embedding) is left alone unless a pattern is its exact name.
         compute_dtype: compute in this dtype, whatever the input's: ``torch.bfloat16`` makes a float32 model fast on
             a CPU.
+        keep_dense: keep a 16-bit copy of every converted weight for many tokens (:meth:`QLinear.keep_dense`): long
+            prompts are as fast as in 16 bit, and the model takes more memory than it did.
         progress: a progress bar on standard error; None shows it where the work is long.
 
     A module used twice is converted once. Peak extra memory is one layer: what is replaced is kept in a temporary
@@ -60,7 +67,7 @@ def convert(
 
     Raises:
         ValueError: unknown scheme, a pattern that matches no linear layer, nothing to convert, or a layer that was
-            asked for and cannot be converted; the message names the layer.
+            asked for and cannot be converted, or cannot keep a copy; the message names the layer.
     """
     rules = _rules(what)
     chosen = [(c, scheme) for c, scheme in _choose(model, rules) if scheme is not None]
@@ -70,6 +77,8 @@ def convert(
         for candidate, scheme in tqdm(chosen, desc="quantizing", unit="layer", disable=quiet):
             try:
                 new = QLinear.from_float(candidate.module, scheme, compute_dtype)
+                if keep_dense:
+                    new.keep_dense()
             except (ValueError, TypeError, RuntimeError) as error:
                 raise type(error)(f"layer {candidate.name!r} ({scheme}): {error}") from error
             _keep_hooks(candidate.module, new)

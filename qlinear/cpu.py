@@ -26,6 +26,10 @@ INT4_TOKENS = 96
 INT8_TOKENS = 16
 #: Most tokens whose int8 values the weight-only operator multiplies; above it ``_int_mm`` is faster.
 W8A8_TOKENS = 2
+#: Most tokens the packed operators are given where a 16-bit copy of the weight is kept: where their times and those of
+#: `F.linear` cross on a line from 1 to 16 tokens (4096 x 4096 in `bench/results/cpu-matmul.json`: 5 for int8, 6 for
+#: int4).
+KEPT_TOKENS = 5
 #: Weights of one dequantized tile: 2 MB of bfloat16, so that a tile is still in cache when it is multiplied.
 _TILE_WEIGHTS = 1 << 20
 #: Floor of a token's largest magnitude: a zero row has zero values, whatever its scale.
@@ -59,6 +63,11 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", colu
     if tokens <= few:
         return name, f"streams the packed weight; up to {few} tokens"
     return "dequantize + F.linear", f"cheaper above {few} tokens"
+
+
+def few_tokens(fmt: Format, dtype: torch.dtype, layout: str) -> int:
+    """The most tokens for which the packed weight is faster than a 16-bit copy of it would be."""
+    return KEPT_TOKENS if path(fmt, dtype, 1, layout)[0].startswith("aten::") else 0
 
 
 def matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, n: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qlinear import ops, reference
+from qlinear import paths, reference
 from qlinear.format import FORMATS, Format
 from qlinear.layout import native_layout
 from qlinear.packing import pack
@@ -19,9 +19,13 @@ from qlinear.tables import table
 _PACKAGES = ("qlinear", "torch", "triton", "numpy", "safetensors", "transformers", "accelerate", "gguf")
 
 
+#: in_features and out_features of the layer whose paths are told; ``inspect`` tells them for a model's own.
+_LAYER = (4096, 4096)
+
+
 @dataclass(frozen=True)
 class Check:
-    """One scheme on one device in one dtype: its paths by the tokens each begins at, and its error against float64."""
+    """One scheme on one device in one dtype: paths by the tokens each begins at, and its error against float64."""
 
     scheme: str
     device: str
@@ -53,12 +57,12 @@ class Diagnosis:
     def __str__(self) -> str:
         lines = [f"{name:<14}{version}" for name, version in self.versions.items()]
         lines += [f"device        {device}" for device in self.devices]
-        header = ("scheme", "device", "dtype", "error", "path", "why")
+        header = ("scheme", "device", "dtype", "error", f"path of a layer of {_LAYER[1]} x {_LAYER[0]}", "why")
         rows = []
         for check in self.checks:
             error = f"{check.relative_error:.1e} {'ok' if check.ok else f'ABOVE {check.bound:g}'}"
-            paths = ops.describe_paths(check.paths)
-            rows.append((check.scheme, check.device, check.dtype, error, paths, check.reason))
+            ways = paths.describe_paths(check.paths)
+            rows.append((check.scheme, check.device, check.dtype, error, ways, check.reason))
         return "\n".join([*lines, "", table(header, rows)])
 
 
@@ -112,9 +116,10 @@ def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:
     )
     wanted = reference.matmul(x, pack(weight, fmt.name, layout="plain"))
     error = ((y.cpu().double() - wanted).norm() / wanted.norm()).item()
-    paths = ops.paths(fmt, dtype, device, packed.layout)
-    reason = ops.path(fmt, dtype, 1, device, packed.layout)[1]
-    return Check(fmt.name, device, str(dtype).removeprefix("torch."), paths, reason, error, fmt.max_error(dtype))
+    where = (packed.device, packed.layout, *_LAYER)
+    ways = paths.paths(fmt, dtype, *where)
+    reason = paths.path(fmt, dtype, 1, *where)[1]
+    return Check(fmt.name, device, str(dtype).removeprefix("torch."), ways, reason, error, fmt.max_error(dtype))
 
 
 def native_path(device: torch.device) -> str:

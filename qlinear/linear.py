@@ -53,6 +53,8 @@ class QLinear(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    #: The 16-bit copy of :meth:`keep_dense`; None where there is none.
+    weight_dense: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -77,6 +79,8 @@ class QLinear(nn.Module):
             "weight_scale", _empty((out_features, groups), fmt.scale_dtype(compute_dtype or dtype), device)
         )
         self.register_buffer("weight_zero_point", zero)
+        self.register_buffer("weight_dense", None, persistent=False)
+        self.dense_dtype: torch.dtype | None = None
         self.bias = nn.Parameter(_empty((out_features,), dtype, device)) if bias else None
 
     @classmethod
@@ -146,6 +150,7 @@ class QLinear(nn.Module):
             self.scheme,
             self.in_features,
             self.out_features,
+            self.weight_dense,
         )
         return y if y.dtype == dtype else y.to(dtype)
 
@@ -159,12 +164,48 @@ class QLinear(nn.Module):
             self._set(self.packed.to_layout())
             if self.layout == "triton":
                 ops.reserve(self.weight_packed.device)
+        if self.dense_dtype is not None and self.weight_dense is None and not self.weight_packed.is_meta:
+            self.weight_dense = self.dequantize(self.dense_dtype).contiguous()
         return self
 
     def unprepare(self) -> QLinear:
-        """Puts the weight back into the plain layout, bit for bit."""
+        """Puts the weight back into the plain layout, bit for bit; a kept 16-bit copy is dropped until ``prepare``."""
         self._set(self.packed.to_layout("plain"))
+        self.weight_dense = None
         return self
+
+    def keep_dense(self, dtype: torch.dtype | None = None) -> QLinear:
+        """Keeps a dequantized 16-bit copy beside the packed weight, for many tokens: long prompts, large batches.
+
+        Few tokens are multiplied by the packed weight as before; from where the vendor's 16-bit product is faster
+        (``inspect`` says where) they are multiplied by the copy, as fast as in ``nn.Linear``. It costs 2 bytes a
+        weight: the layer then takes more memory than it did in 16 bit. The copy is never saved, copied or pickled;
+        ``unprepare`` drops it, and ``prepare`` and moves to another device or 16-bit dtype make it anew.
+
+        Args:
+            dtype: float16 or bfloat16, used for inputs of that dtype; None is the dtype the layer computes in.
+
+        Raises:
+            ValueError: another dtype, or a scheme that quantizes activations, which a 16-bit product would not.
+        """
+        dtype = dtype or self.compute_dtype or self.float_dtype
+        if self.format.integer_activations:
+            raise ValueError(f"{self.scheme} quantizes activations, a product with a 16-bit copy would not; use w8a16")
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"a kept copy is float16 or bfloat16, got {dtype}: see compute_dtype")
+        if dtype != self.dense_dtype:
+            self.dense_dtype, self.weight_dense = dtype, None
+        return self if self.layout == "plain" else self.prepare()
+
+    def drop_dense(self) -> QLinear:
+        """Drops the copy that :meth:`keep_dense` made."""
+        self.dense_dtype = self.weight_dense = None
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight in memory: codes, scales, zero points, padding, and a kept copy."""
+        return self.packed.nbytes + (0 if self.weight_dense is None else self.weight_dense.nbytes)
 
     def _set(self, packed: PackedWeight) -> None:
         self.weight_packed, self.weight_scale, self.weight_zero_point = packed.weight, packed.scale, packed.zero_point
@@ -176,6 +217,11 @@ class QLinear(nn.Module):
         prepared = self.layout != "plain"
         if prepared and probe.device != self.weight_packed.device:
             self.unprepare()
+        # A copy in another dtype is made from the codes, not rounded twice; products in float32 have no use for one.
+        dense, self.weight_dense = self.weight_dense, None
+        if dense is not None and self.compute_dtype is None:
+            moved = fn(dense.new_empty(0)).dtype
+            self.dense_dtype = moved if moved.itemsize == 2 else None
         # Seen as integers, scales pass through casts to another float dtype untouched.
         dtype = self.weight_scale.dtype
         self.weight_scale = self.weight_scale.view(_integer(dtype))
@@ -209,7 +255,7 @@ class QLinear(nn.Module):
         state = self.__dict__.copy()
         plain = self.packed.to_layout("plain")
         tensors = zip(_BUFFERS, (plain.weight, plain.scale, plain.zero_point), strict=True)
-        state["_buffers"] = {**self._buffers, **dict(tensors)}
+        state["_buffers"] = {**self._buffers, **dict(tensors), "weight_dense": None}
         state["_was_prepared"] = self.layout != "plain"
         return state
 
@@ -222,7 +268,7 @@ class QLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme={self.scheme}, layout={self.layout}, bytes={self.packed.nbytes}"
+            f"scheme={self.scheme}, layout={self.layout}, bytes={self.nbytes}"
         )
 
 

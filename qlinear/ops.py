@@ -3,8 +3,8 @@
 Export and CUDA graphs see one opaque call per layer, and so does compile where activations stay in float. The scheme
 travels by name; the layout is told by the weight.
 
-- ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features)``: ``x @ W.T + bias`` for x
-  ``[..., K]``.
+- ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features, dense?)``: ``x @ W.T + bias`` for x
+  ``[..., K]``; ``dense`` is the weight ``[N, K]`` in 16 bit, used for many tokens of its dtype.
 - ``dequantize(weight, scale, zero_point?, scheme, in_features, out_features, dtype)``: the float weight ``[N, K]``.
 
 Operators on rounded tokens are in :mod:`qlinear.token_ops`.
@@ -12,7 +12,6 @@ Operators on rounded tokens are in :mod:`qlinear.token_ops`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from qlinear import cpu
+from qlinear import cpu, paths
 from qlinear.format import FORMATS, Format
 from qlinear.layout import layout_of
 from qlinear.packing import PackedWeight
@@ -29,54 +28,14 @@ from qlinear.token_ops import linear_in_parts
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-#: Tokens up to which the crossover between two paths is looked for.
-_MOST_TOKENS = 4096
-#: Tokens from which a GPU dequantizes into scratch and uses the vendor's matmul: by count, not yet by measurement
-#: (at 8192x8192 the extra pass over the weight costs as much as a 16-bit product of about 230 tokens).
-GPU_DEQUANTIZE_TOKENS = 256
-
-
-def path(
-    fmt: Format, dtype: torch.dtype, tokens: int, device_type: str, layout: str, in_features: int = 128
-) -> tuple[str, str]:
-    """How a product of ``tokens`` rows is computed on a device, and why: ``(name, reason)``, for ``doctor``."""
-    if device_type == "cpu":
-        return cpu.path(fmt, dtype, tokens, layout, in_features)
-    if layout != "triton":
-        return "dequantize + F.linear", f"no kernel reads the {layout} layout on {device_type}"
-    if fmt.integer_activations:
-        return "Triton int8 x int8", "int32 sums on the tensor cores, activations quantized per token by one kernel"
-    if tokens >= GPU_DEQUANTIZE_TOKENS and dtype != torch.float32:
-        return "Triton dequantize + vendor matmul", f"{GPU_DEQUANTIZE_TOKENS} tokens or more"
-    return "Triton matmul", "packed weights are decoded in registers" + (", split along K" if tokens <= 64 else "")
-
-
-def paths(fmt: Format, dtype: torch.dtype, device_type: str, layout: str, in_features: int = 128) -> dict[int, str]:
-    """Every path a layer takes on a device, by the number of tokens each begins at."""
-    return dict(_paths(fmt, dtype, device_type, layout, in_features))
-
-
-@functools.cache
-def _paths(
-    fmt: Format, dtype: torch.dtype, device_type: str, layout: str, in_features: int
-) -> tuple[tuple[int, str], ...]:
-    found: list[tuple[int, str]] = []
-    for tokens in range(1, _MOST_TOKENS + 1):
-        name, _ = path(fmt, dtype, tokens, device_type, layout, in_features)
-        if not found or name != found[-1][1]:
-            found.append((tokens, name))
-    return tuple(found)
-
-
-def describe_paths(found: dict[int, str]) -> str:
-    """The result of :func:`paths` in a line."""
-    return "; ".join(name if tokens == 1 else f"from {tokens} tokens {name}" for tokens, name in found.items())
+#: Up to here a GPU's kernel is always taken: crossovers lie at multiples of it.
+_FEW_TOKENS = 128
 
 
 _library = torch.library.Library("qlinear", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, str scheme, "
-    "int in_features, int out_features) -> Tensor"
+    "int in_features, int out_features, Tensor? dense=None) -> Tensor"
 )
 _library.define(
     "dequantize(Tensor weight, Tensor scale, Tensor? zero_point, str scheme, int in_features, int out_features, "
@@ -93,10 +52,32 @@ def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
         raise ValueError(f"the input is on {x.device}, the weight on {weight.device}")
 
 
+def _takes_copy(x: Tensor, weight: Tensor, fmt: Format, n: int, dense: Tensor) -> bool:
+    """Whether there are so many tokens that the kept 16-bit copy is faster than the packed weight."""
+    if dense.dtype != x.dtype or fmt.integer_activations:
+        return False
+    k = x.shape[-1]
+    return paths.beyond(x.numel() // k, paths.few_tokens(fmt, x.dtype, x.device, layout_of(weight), k, n, True))
+
+
+def _linear_dense(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+
+
 def _linear_cpu(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    k: int,
+    n: int,
+    dense: Tensor | None = None,
 ) -> Tensor:
     _check(x, weight, k)
+    if dense is not None and _takes_copy(x, weight, FORMATS[scheme], n, dense):
+        return _linear_dense(x, dense, bias)
     y = cpu.matmul(x.reshape(-1, k), weight, scale, zero, FORMATS[scheme], n)
     if bias is not None:
         y = y.add_(bias) if bias.dtype == y.dtype else y + bias.to(y.dtype)
@@ -104,21 +85,32 @@ def _linear_cpu(
 
 
 def _linear_cuda(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    k: int,
+    n: int,
+    dense: Tensor | None = None,
 ) -> Tensor:
     _check(x, weight, k)
     fmt = FORMATS[scheme]
     if layout_of(weight) != "triton":
-        return _linear_any(x, weight, scale, zero, bias, scheme, k, n)
+        return _linear_any(x, weight, scale, zero, bias, scheme, k, n, dense)
+    if dense is not None and _takes_copy(x, weight, FORMATS[scheme], n, dense):
+        return _linear_dense(x, dense, bias)
     # Triton is imported where a GPU needs it, so that `import qlinear` works without either.
     from qlinear.kernels.dequantize import linear_tensors
     from qlinear.kernels.int8 import int8_linear_tensors
     from qlinear.kernels.matmul import matmul_tensors
+    from qlinear.kernels.tuned import fused_tokens_on
 
     flat = x.reshape(-1, k)
     if fmt.integer_activations:
         y = int8_linear_tensors(flat, weight, scale, fmt, n, bias)
-    elif path(fmt, x.dtype, flat.shape[0], "cuda", "triton")[0] != "Triton matmul":
+    elif flat.shape[0] > _FEW_TOKENS and paths.beyond(flat.shape[0], fused_tokens_on(x.device, n, k, fmt, x.dtype)):
         y = linear_tensors(flat, weight, scale, fmt, n, bias)
     else:
         y = matmul_tensors(flat, weight, scale, fmt, n, bias)
@@ -126,7 +118,15 @@ def _linear_cuda(
 
 
 def _linear_any(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    k: int,
+    n: int,
+    dense: Tensor | None = None,
 ) -> Tensor:
     """Any device: dequantize the whole weight and multiply."""
     _check(x, weight, k)
@@ -134,12 +134,21 @@ def _linear_any(
         values, token_scale = torch.ops.qlinear.quantize_activations(x.reshape(-1, k))
         y: Tensor = torch.ops.qlinear.int8_linear(values, token_scale, weight, scale, bias, scheme, k, n, x.dtype)
         return y.view(*x.shape[:-1], n)
-    dense = PackedWeight(weight, scale, zero, FORMATS[scheme], n, k).dequantize(x.dtype)
-    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    if dense is None or dense.dtype != x.dtype:
+        dense = PackedWeight(weight, scale, zero, FORMATS[scheme], n, k).dequantize(x.dtype)
+    return _linear_dense(x, dense, bias)
 
 
 def _linear_fake(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    k: int,
+    n: int,
+    dense: Tensor | None = None,
 ) -> Tensor:
     _check(x, weight, k)
     return x.new_empty(*x.shape[:-1], n)
@@ -177,7 +186,7 @@ torch.library.register_fake("qlinear::dequantize", _dequantize_fake, lib=_librar
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, scale, zero, bias, ctx.scheme, ctx.k, ctx.n = inputs
+    _, weight, scale, zero, bias, ctx.scheme, ctx.k, ctx.n = inputs[:8]
     ctx.save_for_backward(weight, scale, zero)
     ctx.has_bias = bias is not None
 
@@ -191,7 +200,7 @@ def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad @ dense
     if ctx.has_bias and ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, ctx.n).sum(0)
-    return grad_x, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
 torch.library.register_autograd("qlinear::linear", _input_gradient, setup_context=_remember, lib=_library)
@@ -209,7 +218,15 @@ def reserve(device: torch.device) -> None:
 
 
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    k: int,
+    n: int,
+    dense: Tensor | None = None,
 ) -> Tensor:
     """``torch.ops.qlinear.linear``, past the dispatcher where nothing but the result is asked for.
 
@@ -224,8 +241,8 @@ def linear(
         if fmt.integer_activations and not gradients and not torch.compiler.is_exporting():
             _check(x, weight, k)
             return linear_in_parts(x, weight, scale, bias, fmt, k, n)
-        return _linear_op(x, weight, scale, zero, bias, scheme, k, n)
+        return _linear_op(x, weight, scale, zero, bias, scheme, k, n, dense)
     if gradients or type(x) is not Tensor or torch._C._get_tracing_state() is not None or is_in_torch_dispatch_mode():
-        return _linear_op(x, weight, scale, zero, bias, scheme, k, n)
+        return _linear_op(x, weight, scale, zero, bias, scheme, k, n, dense)
     direct = _DIRECT.get(x.device.type, _linear_op)
-    return direct(x, weight, scale, zero, bias, scheme, k, n)
+    return direct(x, weight, scale, zero, bias, scheme, k, n, dense)

@@ -18,9 +18,9 @@ import torch
 from models import ROOT
 
 from bench import matmul, peers, plots, sides, timing
-from bench.machines import MACHINES
 from bench.sides import Side, Unavailable
 from qlinear.format import FORMATS
+from qlinear.kernels.machines import MACHINES
 
 LAYER = ("none", "square", 64, 96)
 CPU = torch.device("cpu")

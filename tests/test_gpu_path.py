@@ -11,6 +11,8 @@ from qlinear import ops, reference, token_ops
 from qlinear.format import FORMATS, Format
 from qlinear.kernels import dequantize as kernels_dequantize
 
+#: A layer this small leaves the kernel after 128 tokens.
+MANY = 129
 ALL = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 
 
@@ -22,7 +24,7 @@ def _arguments(fmt: Format, n: int, k: int, device: torch.device) -> tuple[qline
 
 
 @ALL
-@pytest.mark.parametrize("tokens", [3, ops.GPU_DEQUANTIZE_TOKENS], ids=["few", "many"])
+@pytest.mark.parametrize("tokens", [3, MANY], ids=["few", "many"])
 def test_linear_takes_the_kernels(fmt: Format, tokens: int, device: torch.device) -> None:
     plain, arguments = _arguments(fmt, 70, 200, device)
     x = torch.randn(1, tokens, 200).half()
@@ -37,7 +39,7 @@ def test_many_tokens_in_slices_of_the_weight(
     scheme: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What does not fit the cache is dequantized some rows at a time: the same numbers, and never the whole matrix."""
-    fmt, tokens = FORMATS[scheme], ops.GPU_DEQUANTIZE_TOKENS
+    fmt, tokens = FORMATS[scheme], MANY
     plain, arguments = _arguments(fmt, 300, 200, device)
     rows: list[int] = []
     real = kernels_dequantize.dequantize_tensors

@@ -17,7 +17,7 @@ FLOORS = [
     ["layout"],
     ["packing"],
     ["reference", "cpu", "kernels"],
-    ["token_ops"],
+    ["paths", "token_ops"],
     ["ops"],
     ["linear"],
     ["undo"],
@@ -30,7 +30,7 @@ FLOORS = [
     ["__main__"],
 ]
 #: May be imported by any floor, imports none of ours.
-SHARED = {"tables"}
+SHARED = {"cache", "tables"}
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 SOURCES = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("demo/**/*.py"), *KERNELS.glob("*.py")])

