@@ -79,7 +79,8 @@ class QLinear(nn.Module):
             "weight_scale", _empty((out_features, groups), fmt.scale_dtype(compute_dtype or dtype), device)
         )
         self.register_buffer("weight_zero_point", zero)
-        self.register_buffer("weight_dense", None, persistent=False)
+        # No buffer: it is made anew from the codes wherever the layer goes.
+        self.weight_dense = None
         self.dense_dtype: torch.dtype | None = None
         self.bias = nn.Parameter(_empty((out_features,), dtype, device)) if bias else None
 
@@ -175,7 +176,7 @@ class QLinear(nn.Module):
         return self
 
     def keep_dense(self, dtype: torch.dtype | None = None) -> QLinear:
-        """Keeps a dequantized 16-bit copy beside the packed weight, for many tokens: long prompts, large batches.
+        """Prepares the layer and keeps a 16-bit copy of its weight, for many tokens: long prompts, large batches.
 
         Few tokens are multiplied by the packed weight as before; from where the vendor's 16-bit product is faster
         (``inspect`` says where) they are multiplied by the copy, as fast as in ``nn.Linear``. It costs 2 bytes a
@@ -195,7 +196,7 @@ class QLinear(nn.Module):
             raise ValueError(f"a kept copy is float16 or bfloat16, got {dtype}: see compute_dtype")
         if dtype != self.dense_dtype:
             self.dense_dtype, self.weight_dense = dtype, None
-        return self if self.layout == "plain" else self.prepare()
+        return self.prepare()
 
     def drop_dense(self) -> QLinear:
         """Drops the copy that :meth:`keep_dense` made."""
@@ -207,6 +208,11 @@ class QLinear(nn.Module):
         """Bytes of the weight in memory: codes, scales, zero points, padding, and a kept copy."""
         return self.packed.nbytes + (0 if self.weight_dense is None else self.weight_dense.nbytes)
 
+    @property
+    def _prepared(self) -> bool:
+        """Whether ``prepare`` changed anything here; float16 on a CPU has no other layout than the plain one."""
+        return self.layout != "plain" or self.weight_dense is not None
+
     def _set(self, packed: PackedWeight) -> None:
         self.weight_packed, self.weight_scale, self.weight_zero_point = packed.weight, packed.scale, packed.zero_point
 
@@ -214,14 +220,14 @@ class QLinear(nn.Module):
         probe = fn(self.weight_packed.new_empty(0))
         if probe.dtype != self.weight_packed.dtype:
             raise ValueError(f"packed weights cannot become {probe.dtype}; use .to(dtype), which leaves them alone")
-        prepared = self.layout != "plain"
-        if prepared and probe.device != self.weight_packed.device:
-            self.unprepare()
+        prepared = self._prepared
         # A copy in another dtype is made from the codes, not rounded twice; products in float32 have no use for one.
         dense, self.weight_dense = self.weight_dense, None
         if dense is not None and self.compute_dtype is None:
             moved = fn(dense.new_empty(0)).dtype
             self.dense_dtype = moved if moved.itemsize == 2 else None
+        if prepared and probe.device != self.weight_packed.device:
+            self.unprepare()
         # Seen as integers, scales pass through casts to another float dtype untouched.
         dtype = self.weight_scale.dtype
         self.weight_scale = self.weight_scale.view(_integer(dtype))
@@ -240,7 +246,7 @@ class QLinear(nn.Module):
                     destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        prepared = self.layout != "plain"
+        prepared = self._prepared
         if prepared:
             self.unprepare()
         scale = state_dict.get(prefix + "weight_scale")
@@ -255,8 +261,9 @@ class QLinear(nn.Module):
         state = self.__dict__.copy()
         plain = self.packed.to_layout("plain")
         tensors = zip(_BUFFERS, (plain.weight, plain.scale, plain.zero_point), strict=True)
-        state["_buffers"] = {**self._buffers, **dict(tensors), "weight_dense": None}
-        state["_was_prepared"] = self.layout != "plain"
+        state["_buffers"] = {**self._buffers, **dict(tensors)}
+        state["weight_dense"] = None
+        state["_was_prepared"] = self._prepared
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from qlinear import cpu, paths
+from qlinear import cpu
 from qlinear.format import FORMATS, Format
 from qlinear.layout import layout_of
 from qlinear.packing import PackedWeight
@@ -52,15 +52,13 @@ def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
         raise ValueError(f"the input is on {x.device}, the weight on {weight.device}")
 
 
-def _takes_copy(x: Tensor, weight: Tensor, fmt: Format, n: int, dense: Tensor) -> bool:
-    """Whether there are so many tokens that the kept 16-bit copy is faster than the packed weight."""
-    if dense.dtype != x.dtype or fmt.integer_activations:
-        return False
-    k = x.shape[-1]
-    return paths.beyond(x.numel() // k, paths.few_tokens(fmt, x.dtype, x.device, layout_of(weight), k, n, True))
+def _usable(dense: Tensor | None, x: Tensor, fmt: Format) -> bool:
+    """Whether x can be multiplied by the kept 16-bit copy; whether it should be is a matter of its tokens."""
+    return dense is not None and dense.dtype == x.dtype and not fmt.integer_activations
 
 
-def _linear_dense(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_dense(x: Tensor, dense: Tensor | None, bias: Tensor | None) -> Tensor:
+    assert dense is not None
     return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
 
@@ -76,9 +74,10 @@ def _linear_cpu(
     dense: Tensor | None = None,
 ) -> Tensor:
     _check(x, weight, k)
-    if dense is not None and _takes_copy(x, weight, FORMATS[scheme], n, dense):
+    fmt, flat = FORMATS[scheme], x.reshape(-1, k)
+    if _usable(dense, x, fmt) and flat.shape[0] > cpu.few_tokens(fmt, x.dtype, layout_of(weight)):
         return _linear_dense(x, dense, bias)
-    y = cpu.matmul(x.reshape(-1, k), weight, scale, zero, FORMATS[scheme], n)
+    y = cpu.matmul(flat, weight, scale, zero, fmt, n)
     if bias is not None:
         y = y.add_(bias) if bias.dtype == y.dtype else y + bias.to(y.dtype)
     return y.contiguous().view(*x.shape[:-1], n)
@@ -99,18 +98,20 @@ def _linear_cuda(
     fmt = FORMATS[scheme]
     if layout_of(weight) != "triton":
         return _linear_any(x, weight, scale, zero, bias, scheme, k, n, dense)
-    if dense is not None and _takes_copy(x, weight, FORMATS[scheme], n, dense):
-        return _linear_dense(x, dense, bias)
     # Triton is imported where a GPU needs it, so that `import qlinear` works without either.
     from qlinear.kernels.dequantize import linear_tensors
     from qlinear.kernels.int8 import int8_linear_tensors
     from qlinear.kernels.matmul import matmul_tensors
     from qlinear.kernels.tuned import fused_tokens_on
 
-    flat = x.reshape(-1, k)
+    flat, kept = x.reshape(-1, k), _usable(dense, x, fmt)
+    most = fused_tokens_on(x.device, n, k, fmt, x.dtype, kept) if flat.shape[0] > _FEW_TOKENS else None
+    many = most is not None and flat.shape[0] > most
+    if kept and many:
+        return _linear_dense(x, dense, bias)
     if fmt.integer_activations:
         y = int8_linear_tensors(flat, weight, scale, fmt, n, bias)
-    elif flat.shape[0] > _FEW_TOKENS and paths.beyond(flat.shape[0], fused_tokens_on(x.device, n, k, fmt, x.dtype)):
+    elif many:
         y = linear_tensors(flat, weight, scale, fmt, n, bias)
     else:
         y = matmul_tensors(flat, weight, scale, fmt, n, bias)
@@ -134,7 +135,7 @@ def _linear_any(
         values, token_scale = torch.ops.qlinear.quantize_activations(x.reshape(-1, k))
         y: Tensor = torch.ops.qlinear.int8_linear(values, token_scale, weight, scale, bias, scheme, k, n, x.dtype)
         return y.view(*x.shape[:-1], n)
-    if dense is None or dense.dtype != x.dtype:
+    if dense is None or not _usable(dense, x, FORMATS[scheme]):
         dense = PackedWeight(weight, scale, zero, FORMATS[scheme], n, k).dequantize(x.dtype)
     return _linear_dense(x, dense, bias)
 

@@ -28,11 +28,11 @@ def path(
     Args:
         kept: a 16-bit copy of the weight is there (:meth:`qlinear.QLinear.keep_dense`).
     """
-    few = few_tokens(fmt, dtype, device, layout, in_features, out_features, kept)
+    few = _few_tokens(fmt, dtype, device, layout, in_features, out_features, kept)
     return _path(fmt, dtype, tokens, device.type, layout, in_features, kept, few)
 
 
-def few_tokens(
+def _few_tokens(
     fmt: Format, dtype: torch.dtype, device: torch.device, layout: str, k: int, n: int, kept: bool
 ) -> int | None:
     """The most tokens that are multiplied by the packed weight itself; None: any number."""
@@ -45,14 +45,10 @@ def few_tokens(
     return fused_tokens_on(device, n, k, fmt, dtype, kept)
 
 
-def beyond(tokens: int, few: int | None) -> bool:
-    return few is not None and tokens > few
-
-
 def _path(
     fmt: Format, dtype: torch.dtype, tokens: int, kind: str, layout: str, k: int, kept: bool, few: int | None
 ) -> tuple[str, str]:
-    many = beyond(tokens, few)
+    many = few is not None and tokens > few
     if kept and many:
         return "F.linear on the kept copy", f"more than {few} tokens" if few else "no faster way in this dtype"
     if kind == "cpu":
@@ -76,7 +72,7 @@ def paths(
     kept: bool = False,
 ) -> dict[int, str]:
     """Every path a layer takes on a device, by the number of tokens each begins at; arguments as for :func:`path`."""
-    few = few_tokens(fmt, dtype, device, layout, in_features, out_features, kept)
+    few = _few_tokens(fmt, dtype, device, layout, in_features, out_features, kept)
     return dict(_paths(fmt, dtype, device.type, layout, in_features, kept, few))
 
 
