@@ -7,6 +7,7 @@ token, so they win for few tokens; above that the float product of a dequantized
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ from torch.nn import functional as F
 from qlinear.bits import unpack_bits
 from qlinear.cpu_layout import from_plain, int4_tiles, row_order, zero_points
 from qlinear.format import Format
-from qlinear.layout import layout_of
-from qlinear.packing import expand_groups, scaled, signed
+from qlinear.packing import PackedWeight, expand_groups, scaled, signed
 
 _int4_mm: Callable[..., Tensor] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _int8_mm: Callable[..., Tensor] = torch.ops.aten._weight_int8pack_mm.default
@@ -70,16 +70,18 @@ def few_tokens(fmt: Format, dtype: torch.dtype, layout: str) -> int:
     return KEPT_TOKENS if path(fmt, dtype, 1, layout)[0].startswith("aten::") else 0
 
 
-def matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, n: int) -> Tensor:
+def matmul(x: Tensor, packed: PackedWeight) -> Tensor:
     """``x @ W.T`` for x ``[M, K]`` and a packed weight in the plain or cpu layout; returns ``[M, N]`` in x's dtype."""
-    name, _ = path(fmt, x.dtype, x.shape[0], layout_of(weight), x.shape[1])
+    weight, scale, zero_point = packed.weight, packed.scale, packed.zero_point
+    fmt, n = packed.format, packed.out_features
     if x.shape[0] == 0:
         return x.new_empty(0, n)
+    name, _ = path(fmt, x.dtype, x.shape[0], packed.layout, x.shape[1])
     if fmt.integer_activations and fmt.bits == 4:
         # float16 cannot hold a sum of products of integers.
         held = torch.float32 if x.dtype == torch.float16 else x.dtype
         values, token_scale = _round_activations(x)
-        y = matmul(values.to(held), weight, scale, zero_point, fmt.weight_only, n)
+        y = matmul(values.to(held), replace(packed, format=fmt.weight_only))
         return (y * token_scale).to(x.dtype)
     if name == "aten::_weight_int4pack_mm_for_cpu":
         columns = weight.shape[1] * 2

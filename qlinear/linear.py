@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlinear import layout as layouts
 from qlinear import ops
-from qlinear.format import Format, Scheme
+from qlinear.format import FORMATS, Format, Scheme
 from qlinear.packing import PackedWeight, pack_codes
 from qlinear.quantize import quantize
 
@@ -110,7 +110,7 @@ class QLinear(nn.Module):
 
     @property
     def format(self) -> Format:
-        return Scheme.parse(self.scheme).format
+        return FORMATS[self.scheme]
 
     @property
     def packed(self) -> PackedWeight:
@@ -142,17 +142,7 @@ class QLinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
         if compute is not None and x.dtype != compute:
             x = x.to(compute)
-        y = ops.linear(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            self.scheme,
-            self.in_features,
-            self.out_features,
-            self.weight_dense,
-        )
+        y = ops.linear(x, self.packed, self.bias, self.weight_dense)
         return y if y.dtype == dtype else y.to(dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from qlinear import cpu
 from qlinear.format import FORMATS, Format
-from qlinear.layout import layout_of
 from qlinear.packing import PackedWeight
-from qlinear.token_ops import linear_in_parts
+from qlinear.token_ops import int8_linear, linear_in_parts
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -43,13 +42,15 @@ _library.define(
 )
 
 
-def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
-    if x.shape[-1] != in_features:
-        raise ValueError(f"the last dimension of the input is {x.shape[-1]}, the layer's in_features is {in_features}")
+def _check(x: Tensor, packed: PackedWeight) -> None:
+    if x.shape[-1] != packed.in_features:
+        raise ValueError(
+            f"the last dimension of the input is {x.shape[-1]}, the layer's in_features is {packed.in_features}"
+        )
     if x.dtype not in _FLOATS:
         raise ValueError(f"the input is {x.dtype}; a quantized linear layer takes float16, bfloat16 or float32")
-    if x.device != weight.device:
-        raise ValueError(f"the input is on {x.device}, the weight on {weight.device}")
+    if x.device != packed.device:
+        raise ValueError(f"the input is on {x.device}, the weight on {packed.device}")
 
 
 def _usable(dense: Tensor | None, x: Tensor, fmt: Format) -> bool:
@@ -62,128 +63,99 @@ def _linear_dense(x: Tensor, dense: Tensor | None, bias: Tensor | None) -> Tenso
     return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
 
-def _linear_cpu(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    scheme: str,
-    k: int,
-    n: int,
-    dense: Tensor | None = None,
-) -> Tensor:
-    _check(x, weight, k)
-    fmt, flat = FORMATS[scheme], x.reshape(-1, k)
-    if _usable(dense, x, fmt) and flat.shape[0] > cpu.few_tokens(fmt, x.dtype, layout_of(weight)):
+def _linear_cpu(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
+    fmt, flat = packed.format, x.reshape(-1, packed.in_features)
+    if _usable(dense, x, fmt) and flat.shape[0] > cpu.few_tokens(fmt, x.dtype, packed.layout):
         return _linear_dense(x, dense, bias)
-    y = cpu.matmul(flat, weight, scale, zero, fmt, n)
+    y = cpu.matmul(flat, packed)
     if bias is not None:
         y = y.add_(bias) if bias.dtype == y.dtype else y + bias.to(y.dtype)
-    return y.contiguous().view(*x.shape[:-1], n)
+    return y.contiguous().view(*x.shape[:-1], packed.out_features)
 
 
-def _linear_cuda(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    scheme: str,
-    k: int,
-    n: int,
-    dense: Tensor | None = None,
-) -> Tensor:
-    _check(x, weight, k)
-    fmt = FORMATS[scheme]
-    if layout_of(weight) != "triton":
-        return _linear_any(x, weight, scale, zero, bias, scheme, k, n, dense)
+def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
+    if packed.layout != "triton":
+        return _linear_any(x, packed, bias, dense)
     # Triton is imported where a GPU needs it, so that `import qlinear` works without either.
     from qlinear.kernels.dequantize import linear_tensors
     from qlinear.kernels.int8 import int8_linear_tensors
     from qlinear.kernels.matmul import matmul_tensors
     from qlinear.kernels.tuned import fused_tokens_on
 
+    fmt, n, k = packed.format, packed.out_features, packed.in_features
     flat, kept = x.reshape(-1, k), _usable(dense, x, fmt)
     most = fused_tokens_on(x.device, n, k, fmt, x.dtype, kept) if flat.shape[0] > _FEW_TOKENS else None
     many = most is not None and flat.shape[0] > most
     if kept and many:
         return _linear_dense(x, dense, bias)
-    if fmt.integer_activations:
-        y = int8_linear_tensors(flat, weight, scale, fmt, n, bias)
-    elif many:
-        y = linear_tensors(flat, weight, scale, fmt, n, bias)
-    else:
-        y = matmul_tensors(flat, weight, scale, fmt, n, bias)
-    return y.view(*x.shape[:-1], n)
+    multiply = int8_linear_tensors if fmt.integer_activations else linear_tensors if many else matmul_tensors
+    return multiply(flat, packed.weight, packed.scale, fmt, n, bias).view(*x.shape[:-1], n)
 
 
-def _linear_any(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    scheme: str,
-    k: int,
-    n: int,
-    dense: Tensor | None = None,
-) -> Tensor:
+def _linear_any(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
     """Any device: dequantize the whole weight and multiply."""
-    _check(x, weight, k)
-    if FORMATS[scheme].integer_activations:
-        values, token_scale = torch.ops.qlinear.quantize_activations(x.reshape(-1, k))
-        y: Tensor = torch.ops.qlinear.int8_linear(values, token_scale, weight, scale, bias, scheme, k, n, x.dtype)
-        return y.view(*x.shape[:-1], n)
-    if dense is None or not _usable(dense, x, FORMATS[scheme]):
-        dense = PackedWeight(weight, scale, zero, FORMATS[scheme], n, k).dequantize(x.dtype)
+    if packed.format.integer_activations:
+        return int8_linear(x, packed, bias)
+    if not _usable(dense, x, packed.format):
+        dense = packed.dequantize(x.dtype)
     return _linear_dense(x, dense, bias)
 
 
-def _linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    scheme: str,
-    k: int,
-    n: int,
-    dense: Tensor | None = None,
-) -> Tensor:
-    _check(x, weight, k)
-    return x.new_empty(*x.shape[:-1], n)
+def _linear_fake(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.out_features)
 
 
-def _dequantize(
-    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype
-) -> Tensor:
-    return PackedWeight(weight, scale, zero, FORMATS[scheme], n, k).dequantize(dtype).contiguous()
+def _dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    return packed.dequantize(dtype).contiguous()
 
 
-def _dequantize_cuda(
-    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype
-) -> Tensor:
-    if layout_of(weight) != "triton":
-        return _dequantize(weight, scale, zero, scheme, k, n, dtype)
-    from qlinear.kernels.dequantize import dequantize_tensors
+def _dequantize_cuda(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    if packed.layout != "triton":
+        return _dequantize(packed, dtype)
+    from qlinear.kernels.dequantize import dequantize
 
-    return dequantize_tensors(weight, scale, FORMATS[scheme], n, k, dtype)
+    return dequantize(packed, dtype)
 
 
-def _dequantize_fake(
-    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype
-) -> Tensor:
-    return weight.new_empty(n, k, dtype=dtype)
+def _dequantize_fake(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    return packed.weight.new_empty(packed.out_features, packed.in_features, dtype=dtype)
 
 
-_library.impl("linear", _linear_cpu, "CPU")
-_library.impl("linear", _linear_cuda, "CUDA")
-_library.impl("linear", _linear_any, "CompositeExplicitAutograd")
-_library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
-_library.impl("dequantize", _dequantize_cuda, "CUDA")
-torch.library.register_fake("qlinear::linear", _linear_fake, lib=_library)
-torch.library.register_fake("qlinear::dequantize", _dequantize_fake, lib=_library)
+_Linear = Callable[[Tensor, PackedWeight, Tensor | None, Tensor | None], Tensor]
+
+
+def _with_linear_schema(compute: _Linear) -> Callable[..., Tensor]:
+    """``compute`` with the arguments of the operator ``linear``."""
+
+    def implementation(
+        x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int,
+        dense: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        packed = PackedWeight(weight, scale, zero, FORMATS[scheme], n, k)
+        _check(x, packed)
+        return compute(x, packed, bias, dense)
+
+    return implementation
+
+
+def _with_dequantize_schema(compute: Callable[[PackedWeight, torch.dtype], Tensor]) -> Callable[..., Tensor]:
+    """``compute`` with the arguments of the operator ``dequantize``."""
+
+    def implementation(
+        weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype
+    ) -> Tensor:
+        return compute(PackedWeight(weight, scale, zero, FORMATS[scheme], n, k), dtype)
+
+    return implementation
+
+
+_library.impl("linear", _with_linear_schema(_linear_cpu), "CPU")
+_library.impl("linear", _with_linear_schema(_linear_cuda), "CUDA")
+_library.impl("linear", _with_linear_schema(_linear_any), "CompositeExplicitAutograd")
+_library.impl("dequantize", _with_dequantize_schema(_dequantize), "CompositeExplicitAutograd")
+_library.impl("dequantize", _with_dequantize_schema(_dequantize_cuda), "CUDA")
+torch.library.register_fake("qlinear::linear", _with_linear_schema(_linear_fake), lib=_library)
+torch.library.register_fake("qlinear::dequantize", _with_dequantize_schema(_dequantize_fake), lib=_library)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -207,7 +179,7 @@ def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("qlinear::linear", _input_gradient, setup_context=_remember, lib=_library)
 
 _linear_op: Callable[..., Tensor] = torch.ops.qlinear.linear.default
-_DIRECT: dict[str, Callable[..., Tensor]] = {"cpu": _linear_cpu, "cuda": _linear_cuda}
+_DIRECT: dict[str, _Linear] = {"cpu": _linear_cpu, "cuda": _linear_cuda}
 
 
 def reserve(device: torch.device) -> None:
@@ -218,17 +190,7 @@ def reserve(device: torch.device) -> None:
         reserve_counters(device)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    scheme: str,
-    k: int,
-    n: int,
-    dense: Tensor | None = None,
-) -> Tensor:
+def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, dense: Tensor | None = None) -> Tensor:
     """``torch.ops.qlinear.linear``, past the dispatcher where nothing but the result is asked for.
 
     Under ``torch.compile`` a layer with int8 activations is several operators: see :mod:`qlinear.token_ops`.
@@ -237,13 +199,22 @@ def linear(
     a CPU. Tracing, gradients, tensor subclasses and dispatch modes need it and get it.
     """
     gradients = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if torch.compiler.is_compiling():
-        fmt = FORMATS[scheme]
-        if fmt.integer_activations and not gradients and not torch.compiler.is_exporting():
-            _check(x, weight, k)
-            return linear_in_parts(x, weight, scale, bias, fmt, k, n)
-        return _linear_op(x, weight, scale, zero, bias, scheme, k, n, dense)
-    if gradients or type(x) is not Tensor or torch._C._get_tracing_state() is not None or is_in_torch_dispatch_mode():
-        return _linear_op(x, weight, scale, zero, bias, scheme, k, n, dense)
-    direct = _DIRECT.get(x.device.type, _linear_op)
-    return direct(x, weight, scale, zero, bias, scheme, k, n, dense)
+    compiling = torch.compiler.is_compiling()
+    if compiling and packed.format.integer_activations and not gradients and not torch.compiler.is_exporting():
+        _check(x, packed)
+        return linear_in_parts(x, packed, bias)
+    direct = _DIRECT.get(x.device.type)
+    if (
+        direct is None
+        or compiling
+        or gradients
+        or type(x) is not Tensor
+        or torch._C._get_tracing_state() is not None
+        or is_in_torch_dispatch_mode()
+    ):
+        weight, scale, zero, fmt, n, k = (
+            packed.weight, packed.scale, packed.zero_point, packed.format, packed.out_features, packed.in_features
+        )  # fmt: skip
+        return _linear_op(x, weight, scale, zero, bias, fmt.name, k, n, dense)
+    _check(x, packed)
+    return direct(x, packed, bias, dense)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlinear import cpu
-from qlinear.format import BLOCK_K, FORMATS, Format
+from qlinear.format import BLOCK_K, FORMATS
 from qlinear.layout import layout_of
 from qlinear.packing import PackedWeight
 
@@ -128,14 +128,18 @@ torch.library.register_fake("qlinear::rms_norm_quantize", _norm_quantize_fake, l
 torch.library.register_fake("qlinear::int8_linear", _int8_linear_fake, lib=_library)
 
 
-def linear_in_parts(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, fmt: Format, k: int, n: int
-) -> Tensor:
-    """``torch.ops.qlinear.linear`` for a format with int8 activations, in pieces that ``torch.compile`` can fuse."""
-    flat = x.reshape(-1, k)
-    if x.device.type == "cpu":
-        product = cpu.matmul(flat, weight, scale, None, fmt, n)
-        return (product if bias is None else product + bias.to(x.dtype)).view(*x.shape[:-1], n)
-    values, token_scale = cpu.quantize_activations(flat)
-    y: Tensor = torch.ops.qlinear.int8_linear(values, token_scale, weight, scale, bias, fmt.name, k, n, x.dtype)
+def int8_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Rounds the tokens x ``[..., K]`` in PyTorch's own operators, and multiplies with the operator above."""
+    n, k = packed.out_features, packed.in_features
+    values, token_scale = cpu.quantize_activations(x.reshape(-1, k))
+    weight, scale, scheme = packed.weight, packed.scale, packed.format.name
+    y: Tensor = torch.ops.qlinear.int8_linear(values, token_scale, weight, scale, bias, scheme, k, n, x.dtype)
     return y.view(*x.shape[:-1], n)
+
+
+def linear_in_parts(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``torch.ops.qlinear.linear`` for a format with int8 activations, in pieces that ``torch.compile`` can fuse."""
+    if x.device.type != "cpu":
+        return int8_linear(x, packed, bias)
+    y = cpu.matmul(x.reshape(-1, packed.in_features), packed)
+    return (y if bias is None else y + bias.to(x.dtype)).view(*x.shape[:-1], packed.out_features)

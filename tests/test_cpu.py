@@ -17,12 +17,8 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 LAYOUTS = ["cpu", "plain"]
 
 
-def matmul(x, packed):
-    return cpu.matmul(x, packed.weight, packed.scale, packed.zero_point, packed.format, packed.out_features)
-
-
 def check(x, packed):
-    y = matmul(x, packed)
+    y = cpu.matmul(x, packed)
     assert y.dtype == x.dtype and y.shape == (x.shape[0], packed.out_features)
     if x.shape[0]:
         assert relative_error(y, reference.matmul(x, packed)) <= packed.format.max_error(x.dtype)
@@ -77,7 +73,7 @@ def test_the_named_operator_is_the_one_that_runs(fmt):
         for tokens in (1, MANY):
             name, reason = cpu.path(fmt, dtype, tokens)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                matmul(torch.randn(tokens, 128).to(dtype), packed)
+                cpu.matmul(torch.randn(tokens, 128).to(dtype), packed)
             ran = {event.name for event in profile.events()}
             packed_operators = {"aten::_weight_int4pack_mm_for_cpu", "aten::_weight_int8pack_mm", "aten::_int_mm"}
             assert ran & packed_operators == ({name} if name.startswith("aten") else set())
@@ -102,7 +98,7 @@ def test_int8_operator_is_memory_safe(level):
                 for _ in range(8):
                     packed = plain.to_layout("cpu")  # a new allocation: whatever lies behind it changes
                     poison = torch.full((n * 32,), torch.nan)
-                    y = cpu.matmul(x, packed.weight, packed.scale, None, fmt, n)
+                    y = cpu.matmul(x, packed)
                     del poison
                     assert relative_error(y, expected) <= 6e-3, (k, n, m)
                     first = y if first is None else first
@@ -123,8 +119,7 @@ def test_int4_products_at_every_instruction_set(level):
             packed = random_packed(fmt, n, k).to_layout("cpu")
             x = torch.randn(34, k, dtype=torch.bfloat16)
             for m in (1, 5, 17):
-                tensors = (packed.weight, packed.scale, packed.zero_point, fmt, n)
-                y = torch.cat([cpu.matmul(rows, *tensors) for rows in x.split(m)])
+                y = torch.cat([cpu.matmul(rows, packed) for rows in x.split(m)])
                 assert relative_error(y, reference.matmul(x, packed)) <= 6e-3, (fmt, n, k, m)
     print("done")
     """
@@ -167,7 +162,7 @@ def test_the_inputs_are_not_written(fmt, layout):
     for m in (1, 33, MANY):
         x = torch.randn(m, 200, dtype=torch.bfloat16)
         before = [bits(t).clone() for t in (x, *tensors)]
-        matmul(x, packed)
+        cpu.matmul(x, packed)
         assert all(torch.equal(bits(t), b) for t, b in zip((x, *tensors), before, strict=True))
 
 
@@ -180,7 +175,7 @@ def test_a_row_does_not_depend_on_its_neighbours(fmt, dtype, m):
     for row in (0, m - 1):
         other = (torch.randn(m, 200) * 50).to(dtype)
         other[row] = x[row]
-        assert torch.equal(bits(matmul(x, packed)[row]), bits(matmul(other, packed)[row]))
+        assert torch.equal(bits(cpu.matmul(x, packed)[row]), bits(cpu.matmul(other, packed)[row]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf")], ids=str)
@@ -193,9 +188,9 @@ def test_a_non_finite_token_gives_a_non_finite_row_and_touches_no_other(fmt, lay
     for dtype in DTYPES:
         for m in (5, 33):
             x = torch.randn(m, k).to(dtype)
-            clean = matmul(x, packed)
+            clean = cpu.matmul(x, packed)
             x[m // 2, 7] = bad
-            y = matmul(x, packed)
+            y = cpu.matmul(x, packed)
             others = torch.arange(m) != m // 2
             assert torch.equal(bits(y[others]), bits(clean[others]))
             row, weight = y[m // 2], packed.dequantize(torch.float32)[:, 7]
@@ -208,7 +203,7 @@ def test_zero_rows_give_zero(fmt):
     for dtype in DTYPES:
         x = torch.randn(5, 200).to(dtype)
         x[2] = 0
-        y = matmul(x, packed)
+        y = cpu.matmul(x, packed)
         assert not y[2].any() and torch.isfinite(y).all()
 
 
@@ -232,7 +227,7 @@ def test_activations_at_the_ends_of_float32(largest):
     packed = random_packed(qlinear.FORMATS["w8a8"], N, 65).to_layout("cpu")
     expected = x.double() @ packed.dequantize(torch.float64).t()
     # What is smaller than 1e-30 counts as zero.
-    assert (matmul(x, packed).double() - expected).abs().max() <= max(0.02 * float(expected.abs().max()), 2e-30)
+    assert (cpu.matmul(x, packed).double() - expected).abs().max() <= max(0.02 * float(expected.abs().max()), 2e-30)
 
 
 def test_more_rows_than_a_tile(monkeypatch):
@@ -243,8 +238,8 @@ def test_more_rows_than_a_tile(monkeypatch):
         whole = reference.matmul(x, packed)
         for weights in (1, 600):
             monkeypatch.setattr(cpu, "_TILE_WEIGHTS", weights)
-            assert relative_error(matmul(x, packed), whole) <= fmt.max_error(torch.float32)
-            assert relative_error(matmul(x, packed.to_layout("cpu")), whole) <= fmt.max_error(torch.float32)
+            assert relative_error(cpu.matmul(x, packed), whole) <= fmt.max_error(torch.float32)
+            assert relative_error(cpu.matmul(x, packed.to_layout("cpu")), whole) <= fmt.max_error(torch.float32)
 
 
 def test_reference_is_the_product_of_the_dequantized_weight():

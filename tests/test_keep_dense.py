@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import to_device
 from layers import K, N, float_layer, mlp
 from models import relative_error, same_bits
 from torch import nn
@@ -80,7 +81,7 @@ def test_it_is_never_saved() -> None:
     torch.save(q, buffer)
     # The copy alone takes 2 bytes a weight.
     assert buffer.tell() < N * K * 2
-    assert q.__getstate__()["_buffers"]["weight_dense"] is None and q.weight_dense is not None
+    assert q.__getstate__()["weight_dense"] is None and q.weight_dense is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -162,11 +163,11 @@ def test_on_a_gpu_it_is_used_beyond_the_crossover(scheme: str, device: torch.dev
     fmt = FORMATS[scheme]
     most = fused_tokens_on(device, N, K, fmt, torch.float16, kept=True)
     packed = QLinear.from_float(float_layer(dtype=torch.float16), scheme).packed.to_layout("triton")
-    tensors = [t if t is None else t.to(device) for t in (packed.weight, packed.scale, packed.zero_point)]
+    packed = to_device(packed, device)
     dense = torch.zeros(N, K, dtype=torch.float16, device=device)
 
     def product(m: int) -> torch.Tensor:
-        return ops._linear_cuda(tokens(m, torch.float16).to(device), *tensors, None, scheme, K, N, dense)
+        return ops._linear_cuda(tokens(m, torch.float16).to(device), packed, None, dense)
 
     assert product(most + 1).abs().max() == 0 and product(3).abs().max() > 0.5
     assert paths.path(fmt, torch.float16, most + 1, torch.device("cuda"), "plain", K, N, True)[0].endswith("kept copy")

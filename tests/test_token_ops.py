@@ -93,7 +93,7 @@ def test_parts_are_the_same_bits_as_the_whole_on_a_cpu(fmt, tokens):
     packed = random_packed(fmt, N, K, dtype=torch.bfloat16).to_layout("cpu")
     x, b = torch.randn(2, tokens, K).bfloat16(), torch.randn(N).bfloat16()
     whole = torch.ops.qlinear.linear(x, packed.weight, packed.scale, None, b, fmt.name, K, N)
-    assert same_bits(linear_in_parts(x, packed.weight, packed.scale, b, fmt, K, N), whole)
+    assert same_bits(linear_in_parts(x, packed, b), whole)
 
 
 def test_training_and_export_still_see_one_operator():
