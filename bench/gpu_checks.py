@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bench.gpu_job import Job, Result, dtype_name
 from bench.gpu_warm import Case, warm
-from bench.timing import capture
 from qlinear import ops, reference
 from qlinear.format import FORMATS, Format
+from qlinear.kernels.graphs import capture
 from qlinear.packing import PackedWeight, pack
 
 

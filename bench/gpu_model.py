@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.gpu_job import Job, Result, dtype_name
-from bench.timing import capture, in_turns, replayed
+from bench.timing import in_turns
 from qlinear import QLinear, convert
+from qlinear.kernels.graphs import capture, replayed
 
 
 class Block(nn.Module):

@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.gpu_job import Job
 from qlinear import ops
-from qlinear.format import FORMATS, TILE_N, Format
-from qlinear.packing import PackedWeight, pack
+from qlinear.format import FORMATS
 
 
 @dataclass(frozen=True)
@@ -30,19 +28,9 @@ class Case:
     config: Any = None
 
 
-def blank(fmt: Format, n: int, k: int, dtype: torch.dtype, device: torch.device) -> PackedWeight:
-    """A weight of one tile of rows, repeated: what the kernels are compiled for, made quickly."""
-    generator = torch.Generator(device).manual_seed(0)
-    one = pack(torch.randn(TILE_N, k, device=device, generator=generator).to(dtype), fmt.name, layout="triton")
-
-    def repeated(t: Tensor) -> Tensor:
-        return t.repeat(-(-n // TILE_N), *[1] * (t.dim() - 1))
-
-    return replace(one, weight=repeated(one.weight), scale=repeated(one.scale), out_features=n)
-
-
 def run_case(case: Case, device: torch.device) -> str | None:
     """Launches the kernels of a case once; what went wrong, if anything did."""
+    from qlinear.kernels.gauge import blank
     from qlinear.kernels.matmul import matmul
 
     try:

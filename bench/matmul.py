@@ -19,9 +19,10 @@ from tqdm import tqdm
 from bench import peers as others
 from bench.problems import LAYERS, TOKENS, Layer, layers_of
 from bench.sides import Side, Unavailable, float_side, operators, packed_side, quiet
-from bench.timing import in_turns, replayed, rotating
+from bench.timing import in_turns, rotating
 from qlinear import reference
 from qlinear.format import Scheme
+from qlinear.kernels.graphs import replayed
 from qlinear.kernels.machines import MACHINES, Machine
 from qlinear.packing import PackedWeight, pack
 from qlinear.paths import path as path_of

@@ -63,6 +63,8 @@ class Table:
     configs: dict[tuple[str, torch.dtype, int, int, int], Config] = field(default_factory=dict)
     #: The most tokens of the kernel, by (scheme, dtype, out_features, in_features).
     crossovers: dict[tuple[str, torch.dtype, int, int], int] = field(default_factory=dict)
+    #: Configurations whose search was cut short: the best so far.
+    partial: set[tuple[str, torch.dtype, int, int, int]] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.configs) + len(self.crossovers)
@@ -70,8 +72,10 @@ class Table:
     def to_dict(self) -> dict[str, Any]:
         assert self.key is not None
         configs = [
-            {"scheme": s, "dtype": _NAMES[dtype], "tokens": bucket, "n": n, "k": k, **asdict(config)}
-            for (s, dtype, bucket, n, k), config in self.configs.items()
+            {"scheme": key[0], "dtype": _NAMES[key[1]], **dict(zip(("tokens", "n", "k"), key[2:], strict=True))}
+            | asdict(config)
+            | {"partial": key in self.partial}
+            for key, config in self.configs.items()
         ]
         crossovers = [
             {"scheme": s, "dtype": _NAMES[dtype], "n": n, "k": k, "fused_tokens": most}
@@ -100,10 +104,12 @@ def tables() -> list[Path]:
 
 @functools.cache
 def kernels_hash() -> str:
-    """Twelve digits that change when any file of the kernels does."""
+    """Twelve digits that change when a kernel does, or what it is configured with."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        text = path.read_bytes()
+        if b"@triton.jit" in text or path.name == "configs.py":
+            digest.update(path.name.encode() + b"\0" + text)
     return digest.hexdigest()[:12]
 
 
@@ -126,6 +132,45 @@ def table_of(index: int) -> Table:
     except (ValueError, OSError) as error:
         warnings.warn(f"{error}; it is ignored: `qlinear tune` writes it anew", stacklevel=2)
         return NOTHING
+
+
+def writable(key: Key) -> Table:
+    """The table of a key to add to, where it is kept; empty where there is none that can be used."""
+    path = folder() / key.file_name
+    try:
+        return read(path, key)
+    except (ValueError, OSError):
+        return Table(key, path)
+
+
+def install(path: Path) -> Table:
+    """Puts a table that was measured elsewhere, by these kernels and this Triton, where its GPU finds it.
+
+    Raises:
+        ValueError: it is no table, or one of other kernels or another Triton.
+        OSError: it cannot be read or written.
+    """
+    table = read(path)
+    assert table.key is not None
+    for name, own, here in (
+        ("Triton", table.key.triton, triton.__version__),
+        ("kernels", table.key.kernels, kernels_hash()),
+    ):
+        if own != here:
+            raise ValueError(f"{path} was measured with {name} {own}, here is {here}")
+    table.path = folder() / table.key.file_name
+    table.write(table.path)
+    forget()
+    return table
+
+
+def clear() -> int:
+    """Removes every table that is kept; how many there were."""
+    found = tables()
+    for path in found:
+        path.unlink(missing_ok=True)
+    forget()
+    return len(found)
 
 
 def forget() -> None:
@@ -185,7 +230,7 @@ def read(path: Path, key: Key | None = None) -> Table:
 def _read_configs(table: Table, entries: Iterable[dict[str, Any]], capability: Capability) -> None:
     for entry in entries:
         fields = dict(entry)
-        scheme, dtype = fields.pop("scheme"), _DTYPES[fields.pop("dtype")]
+        scheme, dtype, partial = fields.pop("scheme"), _DTYPES[fields.pop("dtype")], fields.pop("partial")
         bucket, n, k = (_positive(fields.pop(name)) for name in ("tokens", "n", "k"))
         config = Config(**{name: _positive(value) for name, value in fields.items()})
         if bucket not in (*M_BUCKETS, MANY):
@@ -194,6 +239,8 @@ def _read_configs(table: Table, entries: Iterable[dict[str, Any]], capability: C
         if reason is not None:
             raise ValueError(f"{scheme} {bucket} x {n} x {k}: {reason}")
         table.configs[scheme, dtype, bucket, n, k] = config
+        if partial:
+            table.partial.add((scheme, dtype, bucket, n, k))
 
 
 def _read_crossovers(table: Table, entries: Iterable[dict[str, Any]]) -> None:

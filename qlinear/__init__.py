@@ -6,6 +6,7 @@ from qlinear.format import FORMATS, Format, Scheme
 from qlinear.inspection import Inspection, inspect
 from qlinear.linear import QLinear
 from qlinear.packing import PackedWeight, pack
+from qlinear.tuning import Tuning, tune
 from qlinear.validation import Validation, validate
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "PackedWeight",
     "QLinear",
     "Scheme",
+    "Tuning",
     "Validation",
     "convert",
     "inspect",
@@ -24,6 +26,7 @@ __all__ = [
     "pack",
     "prepare",
     "save",
+    "tune",
     "unprepare",
     "validate",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qlinear import paths, reference
+from qlinear.cache import cache_folder
 from qlinear.format import FORMATS, Format
 from qlinear.layout import native_layout
 from qlinear.packing import pack
@@ -45,6 +46,8 @@ class Diagnosis:
     versions: dict[str, str]
     devices: list[str]
     checks: list[Check]
+    #: Of each GPU, and what is kept.
+    tuned: list[str]
 
     @property
     def ok(self) -> bool:
@@ -52,11 +55,18 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         checks = [{**asdict(check), "ok": check.ok} for check in self.checks]
-        return {"ok": self.ok, "versions": self.versions, "devices": self.devices, "schemes": checks}
+        return {
+            "ok": self.ok,
+            "versions": self.versions,
+            "devices": self.devices,
+            "tuned": self.tuned,
+            "schemes": checks,
+        }
 
     def __str__(self) -> str:
         lines = [f"{name:<14}{version}" for name, version in self.versions.items()]
         lines += [f"device        {device}" for device in self.devices]
+        lines += [f"tuned         {line}" for line in self.tuned]
         header = ("scheme", "device", "dtype", "error", f"path of a layer of {_LAYER[1]} x {_LAYER[0]}", "why")
         rows = []
         for check in self.checks:
@@ -71,7 +81,7 @@ def diagnose() -> Diagnosis:
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     dtypes = (torch.bfloat16, torch.float32)
     checks = [_check(fmt, device, dtype) for device in kinds for dtype in dtypes for fmt in FORMATS.values()]
-    return Diagnosis(versions(), devices(), checks)
+    return Diagnosis(versions(), devices(), checks, tuned_tables())
 
 
 def versions() -> dict[str, str]:
@@ -97,6 +107,22 @@ def devices() -> list[str]:
         size = f"{p.total_memory / 1e9:.0f} GB, {p.multi_processor_count} SMs"
         found.append(f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {size}, {triton}")
     return found
+
+
+def tuned_tables() -> list[str]:
+    """One line for each GPU on its table of measured configurations, and one on all that is kept."""
+    found = []
+    if importlib.util.find_spec("triton"):
+        from qlinear.kernels.tuned import table_of
+
+        for i in range(torch.cuda.device_count()):
+            table = table_of(i)
+            what = f"{len(table.configs)} configurations and {len(table.crossovers)} crossovers, of {table.path}"
+            nothing = "none; configurations and crossovers are by count (`qlinear tune` measures them)"
+            found.append(f"cuda:{i}: {what if table.path else nothing}")
+    folder = cache_folder() / "tuned"
+    count = len(list(folder.glob("*.json")))
+    return [*found, f"{count} {'table' if count == 1 else 'tables'} kept in {folder}"]
 
 
 def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:

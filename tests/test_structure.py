@@ -22,7 +22,7 @@ FLOORS = [
     ["linear"],
     ["undo"],
     ["conversion"],
-    ["inspection", "validation", "checkpoint"],
+    ["inspection", "validation", "checkpoint", "tuning"],
     ["__init__"],
     ["doctor"],
     ["demo"],
