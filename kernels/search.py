@@ -90,13 +90,11 @@ def neighbours(config: Config, problem: Problem, target: Target) -> list[Config]
     """Usable configurations one or two steps from ``config``: a tile's rows and warps, buffers, parts of K."""
     found = []
     for block_n, warps in _SHAPES:
-        # As many programs as before.
-        split = max(1, config.split_k * block_n // config.block_n)
-        found.append(replace(config, block_n=block_n, num_warps=warps, split_k=split))
+        # As many programs as before, or parts as long as before.
+        for split in (max(1, config.split_k * block_n // config.block_n), config.split_k):
+            found.append(replace(config, block_n=block_n, num_warps=warps, split_k=split))
     found += [replace(config, num_stages=config.num_stages + step) for step in (-1, 1)]
-    for split in (config.split_k // 2, config.split_k * 2, config.split_k * 4, 1):
-        found.append(replace(config, split_k=max(1, split)))
-        found.append(replace(config, split_k=max(1, split), num_stages=max(2, config.num_stages - 1)))
+    found += [replace(config, split_k=max(1, split)) for split in (config.split_k // 2, config.split_k * 2, 1)]
     blocks = -(-problem.k // BLOCK_K)
     # The smallest split with as many blocks per program.
     found = [replace(c, split_k=-(-blocks // -(-blocks // min(c.split_k, blocks)))) for c in found]
