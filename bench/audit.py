@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from bench import sass
-from bench.cubins import DTYPES, WORKERS, Job, compile_all, disassemble
+from bench.cubins import DTYPES, Job, compile_all, disassemble
 from bench.predict import Resources, blocks_per_sm, dequantizes
 from bench.problems import Problem
+from bench.workers import WORKERS
 from qlinear.format import BLOCK_K, FORMATS, Format
 from qlinear.kernels.configs import Config, choose_config
 from qlinear.kernels.machines import MACHINES, arch_name

@@ -70,12 +70,14 @@ def warm(cases: Iterable[Case], job: Job, seconds: float) -> list[str]:
 
 def distinct(cases: Sequence[Case], device: torch.device) -> list[Case]:
     """One case for each kernel: M and N count by the configuration they lead to."""
+    from qlinear.kernels.runtime import target_of
     from qlinear.kernels.tuned import config_on, fused_tokens_on
 
+    target = target_of(device)
     kept: dict[object, Case] = {}
     for case in cases:
         fmt, dtype = FORMATS[case.scheme], getattr(torch, case.dtype)
-        config = case.config or config_on(device, case.m, case.n, case.k, fmt, dtype)
+        config = case.config or config_on(device, target, case.m, case.n, case.k, fmt, dtype)
         most = fused_tokens_on(device, case.n, case.k, fmt, dtype)
         many = case.config is None and most is not None and case.m > most
         aligned = (case.n % 16, case.k % 16, case.k % 128 == 0)

@@ -280,7 +280,7 @@ def launch(
         y.copy_(wide)
         return
     if config is None:
-        config = config_on(x.device, m, n, in_features, fmt, y.dtype)
+        config = config_on(x.device, target, m, n, in_features, fmt, y.dtype)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     sums = torch.int32 if fmt.integer_sums else torch.float32
     if config.split_k == 1:

@@ -24,7 +24,7 @@ from qlinear.cache import cache_folder
 from qlinear.format import FORMATS, Format
 from qlinear.kernels.configs import M_BUCKETS, MANY, Config, choose_config, refusal
 from qlinear.kernels.crossover import MOST_TOKENS, fused_tokens
-from qlinear.kernels.runtime import Capability, gpu_target, target_of
+from qlinear.kernels.runtime import Capability, Target, gpu_target, target_of
 from qlinear.tables import write_json
 
 #: Of the file's form.
@@ -185,9 +185,8 @@ def measured(device: torch.device) -> Table:
     return table_of(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def config_on(device: torch.device, m: int, n: int, k: int, fmt: Format, dtype: torch.dtype) -> Config:
-    """:func:`~qlinear.kernels.configs.choose_config` for tensors on ``device``, with its table."""
-    target = target_of(device)
+def config_on(device: torch.device, target: Target, m: int, n: int, k: int, fmt: Format, dtype: torch.dtype) -> Config:
+    """:func:`~qlinear.kernels.configs.choose_config` on a device, whose target is known, from its table."""
     return choose_config(m, n, k, fmt, dtype, target.capability, target.num_sms, measured(device).configs)
 
 

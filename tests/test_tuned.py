@@ -84,15 +84,15 @@ def test_the_hash_is_of_kernels_and_configurations(monkeypatch: pytest.MonkeyPat
 def test_choices_follow_the_table(h200: torch.device) -> None:
     fmt = FORMATS["w4a16"]
     computed = choose_config(1, 4096, 4096, fmt, BF16, (9, 0), 132)
-    assert tuned.config_on(h200, 1, 4096, 4096, fmt, BF16) == computed
+    assert tuned.config_on(h200, TARGET, 1, 4096, 4096, fmt, BF16) == computed
     table().write(tuned.folder() / key().file_name)
     # Read once in a process, and again when told.
-    assert tuned.config_on(h200, 1, 4096, 4096, fmt, BF16) == computed
+    assert tuned.config_on(h200, TARGET, 1, 4096, 4096, fmt, BF16) == computed
     tuned.forget()
-    assert all(tuned.config_on(h200, m, 4096, 4096, fmt, BF16) == Config(8, 64, 4, 3, 4) for m in (1, 8))
-    assert tuned.config_on(h200, 1000, 4096, 4096, fmt, BF16) == Config(128, 128, 8, 3)
+    assert all(tuned.config_on(h200, TARGET, m, 4096, 4096, fmt, BF16) == Config(8, 64, 4, 3, 4) for m in (1, 8))
+    assert tuned.config_on(h200, TARGET, 1000, 4096, 4096, fmt, BF16) == Config(128, 128, 8, 3)
     for m, n, k, dtype in ((9, 4096, 4096, BF16), (1, 4096, 4224, BF16), (1, 4096, 4096, torch.float16)):
-        assert tuned.config_on(h200, m, n, k, fmt, dtype) == choose_config(m, n, k, fmt, dtype, (9, 0), 132)
+        assert tuned.config_on(h200, TARGET, m, n, k, fmt, dtype) == choose_config(m, n, k, fmt, dtype, (9, 0), 132)
     assert tuned.fused_tokens_on(h200, 4096, 4096, fmt, BF16) == 1024
     assert tuned.fused_tokens_on(h200, 8192, 8192, fmt, BF16) == 256
     ways = paths.paths(fmt, BF16, h200, "triton", 4096, 4096)
@@ -167,7 +167,9 @@ def test_a_wrong_file_is_ignored_with_one_warning(name: str, h200: torch.device)
     assert len(caught) == 1 and str(path) in str(caught[0].message) and "\n" not in str(caught[0].message)
     # And once only; what is written anew takes its place.
     fmt = FORMATS["w4a16"]
-    assert tuned.config_on(h200, 1, 4096, 4096, fmt, BF16) == choose_config(1, 4096, 4096, fmt, BF16, (9, 0), 132)
+    assert tuned.config_on(h200, TARGET, 1, 4096, 4096, fmt, BF16) == choose_config(
+        1, 4096, 4096, fmt, BF16, (9, 0), 132
+    )
     assert tuned.writable(key()).path == path and len(tuned.writable(key())) == 0
 
 
