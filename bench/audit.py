@@ -23,7 +23,7 @@ from bench.predict import Resources, blocks_per_sm, dequantizes
 from bench.problems import Problem
 from bench.workers import WORKERS
 from qlinear.format import BLOCK_K, FORMATS, Format
-from qlinear.kernels.configs import Config, choose_config
+from qlinear.kernels.configs import Config, choose_config, token_bytes
 from qlinear.kernels.machines import MACHINES, arch_name
 
 CAPABILITIES = {machine.arch: machine.capability for machine in MACHINES.values()}
@@ -115,7 +115,9 @@ class Audited:
     unroll: int
 
 
-def unroll_of(loop: sass.Loop, config: Config, fmt: Format, dtype: torch.dtype) -> int:
+def unroll_of(
+    loop: sass.Loop, config: Config, fmt: Format, dtype: torch.dtype, capability: tuple[int, int] = (9, 0)
+) -> int:
     """How many blocks of 128 along K one iteration covers, told by two things that must agree.
 
     The products tell: an iteration has BLOCK_M * BLOCK_N * 128 multiply-adds per block. So do the copies: of each
@@ -127,7 +129,7 @@ def unroll_of(loop: sass.Loop, config: Config, fmt: Format, dtype: torch.dtype) 
     """
     macs = loop.macs(config.num_warps)
     by_products = None if macs is None else macs / (config.block_m * config.block_n * BLOCK_K)
-    by_copies = loop.copied_bytes(32 * config.num_warps) // sum(tile_bytes(config, fmt, dtype))
+    by_copies = loop.copied_bytes(32 * config.num_warps) // sum(tile_bytes(config, fmt, dtype, capability))
     # TMA's bytes are not in the code, and of loads that are not copies nothing is known.
     readable = by_copies > 0 and not loop.tma
     if by_products is None:
@@ -139,9 +141,11 @@ def unroll_of(loop: sass.Loop, config: Config, fmt: Format, dtype: torch.dtype) 
     return round(by_products)
 
 
-def tile_bytes(config: Config, fmt: Format, dtype: torch.dtype) -> tuple[int, int]:
+def tile_bytes(
+    config: Config, fmt: Format, dtype: torch.dtype, capability: tuple[int, int] = (9, 0)
+) -> tuple[int, int]:
     """Bytes of the weight's codes and of x in one block of 128 along K."""
-    x_size = 1 if fmt.integer_activations else dtype.itemsize
+    x_size = token_bytes(fmt, dtype, capability)
     return config.block_n * BLOCK_K * fmt.bits // 8, config.block_m * BLOCK_K * x_size
 
 
@@ -150,9 +154,9 @@ def read_kernel(job: Job, problem: Problem, program: Sequence[sass.Instruction],
     config, fmt, dtype = job.config, job.format, DTYPES[job.dtype]
     threads = 32 * config.num_warps
     loop = sass.hot_loop(program)
-    unroll = unroll_of(loop, config, fmt, dtype)
+    unroll = unroll_of(loop, config, fmt, dtype, job.capability)
     weights = config.block_n * BLOCK_K * unroll
-    tile = sum(tile_bytes(config, fmt, dtype)) * unroll
+    tile = sum(tile_bytes(config, fmt, dtype, job.capability)) * unroll
     copied = loop.copied_bytes(threads)
     machine = next(machine for machine in MACHINES.values() if machine.capability == job.capability)
     use = Resources(threads, used["registers"], used["shared"], used["tensor_columns"])

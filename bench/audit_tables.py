@@ -69,7 +69,7 @@ def predictions(
                 kernel, unroll = audited[job].kernel, audited[job].unroll
                 found = predict(problem, job.format, config, step_of(job), unroll, kernel.blocks_per_sm, machine)
                 row = _row(problem, job, found, machine)
-                moved = traffic(problem, job.format, config)
+                moved = traffic(problem, job.format, config, machine.capability)
                 row |= {
                     "config": str(config),
                     "kernel": kernel.name,

@@ -64,7 +64,7 @@ def compile_call(scheme: str, n: int, k: int) -> list[str]:
 
     fmt, dtype = FORMATS[scheme], torch.bfloat16
     compiled = []
-    if fmt.integer_activations:
+    if fmt.quantized_activations:
         compiled.append(compile_quantize(dtype, k, (9, 0)))
     config = choose_config(1, n, k, fmt, dtype, (9, 0), 132)
     compiled.append(compile_matmul(fmt, dtype, config, (9, 0), in_features=k))

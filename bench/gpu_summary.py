@@ -16,6 +16,7 @@ CONTRACT: dict[str, tuple[tuple[int, float], ...]] = {
     "w4a16": ((1, 1.0), (129, 0.85), (2049, 0.95)),
     "w8a16": ((1, 1.0), (129, 0.85), (2049, 0.95)),
     "w8a8": ((1, 1.0),),
+    "fp8": ((1, 1.0),),
 }
 #: Failures and left-outs shown of each stage.
 _SHOWN = 12

@@ -272,6 +272,11 @@ def _row(
     row |= {"us": seconds * 1e6, "tflops": 2e-12 * m * n * k / seconds, "gbps": packed.nbytes / seconds / 1e9}
     machine = machine_of(settings.device)
     if machine is not None:
-        least = floor_seconds(machine, packed.nbytes, m, n, k, x.itemsize, packed.format.integer_activations)
+        # Triton is imported where there is a GPU.
+        from qlinear.kernels.configs import multiplies_bytes
+
+        least = floor_seconds(
+            machine, packed.nbytes, m, n, k, x.itemsize, multiplies_bytes(packed.format, machine.capability)
+        )
         row |= {"floor_us": least * 1e6, "of_floor": least / seconds}
     return row

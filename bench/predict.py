@@ -14,7 +14,7 @@ import torch
 from bench.problems import Problem
 from bench.sass import Loop
 from qlinear.format import BLOCK_K, TILE_N, Format
-from qlinear.kernels.configs import Config
+from qlinear.kernels.configs import Config, multiplies_bytes, token_bytes
 from qlinear.kernels.crossover import fused_tokens
 from qlinear.kernels.machines import Machine
 
@@ -73,11 +73,11 @@ def weight_bytes(fmt: Format, n: int, k: int) -> int:
     return rows * columns * fmt.bits // 8 + rows * fmt.groups(columns) * (2 if fmt.symmetric else 4)
 
 
-def traffic(problem: Problem, fmt: Format, config: Config) -> Traffic:
+def traffic(problem: Problem, fmt: Format, config: Config, capability: tuple[int, int] = (9, 0)) -> Traffic:
     """What the matmul kernel moves; loads of tokens that do not exist are masked, and cost nothing."""
     _, _, m, n, k = problem
     weight = weight_bytes(fmt, n, k)
-    x = m * k * (1 if fmt.integer_activations else 2)
+    x = m * k * token_bytes(fmt, torch.float16, capability)
     y = m * n * 2
     partials = 4 * m * n * config.split_k if config.split_k > 1 else 0
     tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
@@ -147,7 +147,7 @@ def predict(
         one: of the kernel's hot loop on ``machine``, which covers ``unroll`` blocks of 128 along K.
         blocks: what :func:`blocks_per_sm` says.
     """
-    moved = traffic(problem, fmt, config)
+    moved = traffic(problem, fmt, config, machine.capability)
     programs = -(-problem.m // config.block_m) * -(-problem.n // config.block_n) * config.split_k
     per_sm = -(-programs // machine.sms)
     resident = min(blocks, per_sm)
@@ -161,7 +161,7 @@ def predict(
     # The sum of issue and products is a wait only if it is more than either.
     bound = max(times, key=lambda name: (times[name], name != "wait"))
     seconds = times[bound]
-    if fmt.integer_activations:
+    if fmt.quantized_activations:
         seconds += 3 * problem.m * problem.k / machine.stream_bytes_per_s
     floor = moved.weight / machine.stream_bytes_per_s
     return Prediction(seconds, bound, per_sm, min(blocks, programs / machine.sms), floor)
@@ -175,5 +175,7 @@ def dequantizes(problem: Problem, fmt: Format, dtype: torch.dtype, machine: Mach
 
 def macs_per_clock(fmt: Format, machine: Machine) -> float:
     """Multiply-adds of one multiprocessor's tensor cores."""
-    operations = machine.int8_ops if fmt.integer_activations else machine.fp16_flops
+    # float8 with float32 sums runs at twice the rate of 16 bit on all that have it.
+    twice = 2 if multiplies_bytes(fmt, machine.capability) else 1
+    operations = machine.int8_ops if fmt.integer_activations else machine.fp16_flops * twice
     return operations / 2 / machine.sms / machine.clock_hz

@@ -72,7 +72,7 @@ def fused_tokens(
         l2_bytes: the size of the L2 cache: the dense weight is made in slices that stay in it.
         measured: what ``qlinear tune`` found; it wins over the count, but not where a copy is kept.
     """
-    if fmt.integer_activations or dtype == torch.float32:
+    if fmt.quantized_activations or dtype == torch.float32:
         return None
     if measured and not kept:
         found = measured.get((fmt.name, dtype, n, k))

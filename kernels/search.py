@@ -191,7 +191,7 @@ def plan(layers: list[tuple[str, int, int]], dtype: torch.dtype, tokens: list[in
     ordered = sorted(dict.fromkeys(layers), key=lambda layer: -layer[1] * layer[2])
     buckets = sorted({bucket_of(m) for m in tokens})
     found = [Problem(scheme, dtype, bucket, n, k) for bucket in buckets for scheme, n, k in ordered]
-    crossing = [layer for layer in ordered if not FORMATS[layer[0]].integer_activations and dtype != torch.float32]
+    crossing = [layer for layer in ordered if not FORMATS[layer[0]].quantized_activations and dtype != torch.float32]
     if MANY in buckets:
         found += [Problem(scheme, dtype, 0, n, k) for scheme, n, k in crossing]
     return found

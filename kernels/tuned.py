@@ -245,7 +245,7 @@ def _read_configs(table: Table, entries: Iterable[dict[str, Any]], capability: C
 def _read_crossovers(table: Table, entries: Iterable[dict[str, Any]]) -> None:
     for entry in entries:
         scheme, dtype, most = entry["scheme"], _DTYPES[entry["dtype"]], _positive(entry["fused_tokens"])
-        if FORMATS[scheme].integer_activations or most % M_BUCKETS[-1] or most > MOST_TOKENS:
+        if FORMATS[scheme].quantized_activations or most % M_BUCKETS[-1] or most > MOST_TOKENS:
             raise ValueError(f"{scheme} cannot leave the kernel after {most} tokens")
         table.crossovers[scheme, dtype, _positive(entry["n"]), _positive(entry["k"])] = most
 

@@ -3,6 +3,9 @@
 ``model.safetensors`` holds every tensor in the plain, hardware-independent layout; ``config.json`` is the model's own,
 with the schemes under ``quantization_config``; tokenizer files are carried along. The folder is written beside its
 place and moved in.
+
+A model whose quantized layers all have 8-bit floats (``fp8``, ``w8a16-fp8``) is stored as compressed-tensors stores it:
+``quantization_config`` is that library's, ours stands under ``qlinear`` (see :mod:`qlinear.compressed`).
 """
 
 from __future__ import annotations
@@ -20,12 +23,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qlinear.compressed import from_disk, quantization_config, to_disk
 from qlinear.conversion import candidates, prepare
-from qlinear.linear import QLinear, float_shape
+from qlinear.linear import QLinear, float_shape, is_conv1d
 
 #: Of ``quantization_config``; a loader refuses a newer one.
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
+#: Where our part of ``config.json`` stands when ``quantization_config`` is another library's.
+_OURS = "qlinear"
 
 #: What a Hugging Face folder holds beside weights and config: tokenizer, generation and preprocessing files.
 _COMPANIONS = (
@@ -57,6 +63,7 @@ def save(
         raise ValueError("the model has no quantized layer: convert it first, or use the model's own save method")
     tensors, tied = _tensors(model)
     config = _config(model, layers, tied)
+    tensors = to_disk(tensors, layers)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _beside(target) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -90,7 +97,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: str | to
     if model is None:
         model = _build(config, folder)
     _swap(model, quantization)
-    state = load_file(folder / WEIGHTS, device="cpu")
+    state = from_disk(load_file(folder / WEIGHTS, device="cpu"), quantization["modules"])
     for name, source in quantization["tied"].items():
         state[name] = state[source]
     result = model.load_state_dict(state, strict=False, assign=True)
@@ -131,7 +138,7 @@ def _config(model: nn.Module, layers: dict[str, QLinear], tied: dict[str, str]) 
     if hasattr(own, "to_json_string"):
         config = json.loads(own.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     first = next(iter(layers.values()))
-    config["quantization_config"] = {
+    ours = {
         "quant_method": "qlinear",
         "version": FORMAT_VERSION,
         "float_dtype": _dtype_name(first.float_dtype),
@@ -141,7 +148,8 @@ def _config(model: nn.Module, layers: dict[str, QLinear], tied: dict[str, str]) 
         # Buffers a model computes for itself (rotary frequencies) come back in the dtype the model had cast them to.
         "computed_buffers": {name: _dtype_name(b.dtype) for name, b in _computed_buffers(model)},
     }
-    return config
+    theirs = quantization_config(model, layers) if config else None
+    return config | ({"quantization_config": theirs, _OURS: ours} if theirs else {"quantization_config": ours})
 
 
 def _computed_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -158,7 +166,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _quantization(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    found = config.get("quantization_config") or {}
+    found = config.get(_OURS) or config.get("quantization_config") or {}
     if found.get("quant_method") != "qlinear":
         raise ValueError(f"{folder} was not written by qlinear: its quant_method is {found.get('quant_method')!r}")
     if found.get("version", 0) > FORMAT_VERSION:
@@ -180,7 +188,7 @@ def _build(config: dict[str, Any], folder: Path) -> nn.Module:
     if cls is None:
         wanted = architectures[0]
         raise ValueError(f"{folder}: transformers has no class {wanted!r}; pass the model's structure as model=")
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", _OURS)}
     with init_empty_weights(include_buffers=False):
         return cls(cls.config_class.from_dict(plain))  # type: ignore[no-any-return]
 
@@ -198,6 +206,7 @@ def _swap(model: nn.Module, quantization: dict[str, Any]) -> None:
         n, k = float_shape(old)
         if id(old) not in made:
             made[id(old)] = QLinear(k, n, scheme, old.bias is not None, "meta", dtype, compute)
+            made[id(old)].from_conv1d = is_conv1d(old)
         for alias in layers[name].names:
             model.set_submodule(alias, made[id(old)])
 

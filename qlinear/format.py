@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,10 +18,22 @@ BLOCK_K = 128
 TILE_N = 64
 
 _GRAMMAR = re.compile(
-    r"w(?P<weight>\d+)a(?P<activation>\d+)(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?(?P<asym>-asym)?"
+    r"(?:w(?P<weight>\d+)a(?P<activation>\d+)(?P<fp8>-fp8)?|(?P<short>fp8))"
+    r"(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?(?P<asym>-asym)?"
     r"(?:-(?P<sparsity>2:4|block\d+))?"
 )
-_GRAMMAR_TEXT = "w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>]"
+_GRAMMAR_TEXT = "w<bits>a<bits>[-fp8][-g<size>|-channel][-asym][-2:4|-block<size>]"
+
+
+class Rounded(NamedTuple):
+    """What the numbers of a token are rounded to: a dtype of 8 bits, and what the largest magnitude becomes."""
+
+    dtype: torch.dtype
+    largest: float
+
+
+#: By :attr:`Format.number`.
+ROUNDED = {"int": Rounded(torch.int8, 127.0), "e4m3": Rounded(torch.float8_e4m3fn, 448.0)}
 
 
 @dataclass(frozen=True)
@@ -28,8 +41,11 @@ class Format:
     """How one weight ``[N, K]`` (out_features, in_features) is stored. Pure data; the properties follow from it.
 
     A code is an unsigned integer of ``bits`` bits; its value is ``(code - zero_point) * scale``, where a symmetric
-    format has the constant zero point ``offset``. Scales (and zero points) belong to ``group_size`` neighbours
-    along K, or to a whole row where ``group_size`` is None. The last group of a row may be short.
+    format has the constant zero point ``offset``. Where ``number`` is ``e4m3`` a code is the bits of an 8-bit float
+    (OCP 8-bit Floating Point Specification, E4M3: sign, 4 bits of exponent, 3 of mantissa, up to 448, no infinity;
+    ``torch.float8_e4m3fn``), and its value is that float times the scale. Scales (and zero points) belong to
+    ``group_size`` neighbours along K, or to a whole row where ``group_size`` is None. The last group of a row may be
+    short.
     """
 
     name: str
@@ -38,13 +54,20 @@ class Format:
     group_size: int | None
     symmetric: bool
     #: Key of the decoder in :mod:`qlinear.kernels.decode`: ``planar4``, ``planar8`` (16-bit words), ``nibbles8`` or
-    #: ``rows8`` (bytes, for int8 products).
+    #: ``rows8`` (bytes, for int8 products), ``planar_e4m3`` and ``rows_e4m3`` (the same two orders, of e4m3 bits).
     packing: str
+    #: What a code is: ``int``, or ``e4m3`` for an 8-bit float.
+    number: str = "int"
 
     @property
     def offset(self) -> int:
-        """The code of zero in a symmetric format: 8 for int4, 128 for int8."""
-        return 1 << (self.bits - 1)
+        """The code of zero in a symmetric format: 8 for int4, 128 for int8, 0 for e4m3."""
+        return 0 if self.number == "e4m3" else 1 << (self.bits - 1)
+
+    @property
+    def largest(self) -> int:
+        """What absmax is rounded to in a symmetric format: 7 for int4, 127 for int8, 448 for e4m3."""
+        return 448 if self.number == "e4m3" else self.offset - 1
 
     @property
     def max_code(self) -> int:
@@ -56,8 +79,13 @@ class Format:
         return 16 // self.bits
 
     @property
-    def integer_activations(self) -> bool:
+    def quantized_activations(self) -> bool:
+        """Whether activations are rounded to 8 bits, per token, to the kind of number that weights are."""
         return self.activation_bits == 8
+
+    @property
+    def integer_activations(self) -> bool:
+        return self.quantized_activations and self.number == "int"
 
     @property
     def integer_sums(self) -> bool:
@@ -67,7 +95,7 @@ class Format:
     @property
     def weight_only(self) -> Format:
         """The format of the same weight for 16-bit activations."""
-        return FORMATS[self.name.replace("a8", "a16")]
+        return Scheme(self.bits, 16, self.group_size, self.symmetric, number=self.number).format
 
     def groups(self, in_features: int) -> int:
         """Scales in one row of ``in_features`` weights."""
@@ -114,6 +142,8 @@ def _supported() -> dict[str, Format]:
     formats = [Format("w8a8", 8, 8, None, True, "rows8"), Format("w8a16", 8, 16, None, True, "planar8")]
     formats += [Format("w4a8", 4, 8, 128, True, "nibbles8"), Format("w4a8-channel", 4, 8, None, True, "nibbles8")]
     formats += [Format(f"w8a16-g{g}", 8, 16, g, True, "planar8") for g in (32, 64, 128)]
+    formats.append(Format("fp8", 8, 8, None, True, "rows_e4m3", number="e4m3"))
+    formats.append(Format("w8a16-fp8", 8, 16, None, True, "planar_e4m3", number="e4m3"))
     for symmetric, suffix in ((True, ""), (False, "-asym")):
         for group, infix in ((128, ""), (64, "-g64"), (32, "-g32"), (None, "-channel")):
             formats.append(Format(f"w4a16{infix}{suffix}", 4, 16, group, symmetric, "planar4"))
@@ -126,11 +156,12 @@ FORMATS: dict[str, Format] = _supported()
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a user asks for: weight and activation bits, granularity, symmetry, sparsity.
+    """What a user asks for: weight and activation bits, granularity, symmetry, sparsity, kind of number.
 
-    The grammar is ``w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>]``; ``w4a16`` means group_size 128 and
-    ``w8a16`` one scale per output channel. ``str(Scheme.parse(s))`` is the canonical name, and parses to the same
-    scheme.
+    The grammar is ``w<bits>a<bits>[-fp8][-g<size>|-channel][-asym][-2:4|-block<size>]``; ``w4a16`` means group_size 128
+    and ``w8a16`` one scale per output channel. ``-fp8`` means 8-bit floats (e4m3) in the place of integers, and ``fp8``
+    alone is short for ``w8a8-fp8``: weights per output channel, activations per token. ``str(Scheme.parse(s))`` is the
+    canonical name, and parses to the same scheme.
 
     Raises:
         ValueError: the scheme cannot be parsed or does not exist; the message lists those that do.
@@ -141,6 +172,7 @@ class Scheme:
     group_size: int | None = None
     symmetric: bool = True
     sparsity: str | None = None
+    number: str = "int"
 
     def __post_init__(self) -> None:
         if str(self) not in FORMATS:
@@ -158,14 +190,16 @@ class Scheme:
             raise ValueError(
                 f"scheme {text!r} is not of the form {_GRAMMAR_TEXT}; the schemes are: {', '.join(FORMATS)}"
             )
-        bits = int(match["weight"])
+        number = "e4m3" if match["fp8"] or match["short"] else "int"
+        bits, activation_bits = (8, 8) if match["short"] else (int(match["weight"]), int(match["activation"]))
         group = int(match["group"]) if match["group"] else None
         if group is None and not match["channel"] and bits == 4:
             group = 128
-        return cls(bits, int(match["activation"]), group, not match["asym"], match["sparsity"])
+        return cls(bits, activation_bits, group, not match["asym"], match["sparsity"], number)
 
     def __str__(self) -> str:
-        name = f"w{self.weight_bits}a{self.activation_bits}"
+        name = f"w{self.weight_bits}a{self.activation_bits}" + ("-fp8" if self.number == "e4m3" else "")
+        name = "fp8" if name == "w8a8-fp8" else name
         default = 128 if self.weight_bits == 4 else None
         if self.group_size != default:
             name += "-channel" if self.group_size is None else f"-g{self.group_size}"

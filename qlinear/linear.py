@@ -72,6 +72,8 @@ class QLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.scheme = str(Scheme.parse(scheme))
         self.float_dtype, self.compute_dtype = dtype, compute_dtype
+        #: Whether it stands for a Hugging Face ``Conv1D``, whose own weight is ``[in, out]``.
+        self.from_conv1d = False
         fmt, groups = self.format, self.format.groups(in_features)
         zero = None if fmt.symmetric else _empty((fmt.zero_point_words(out_features), groups), torch.int32, device)
         self.register_buffer("weight_packed", _empty((out_features, fmt.words(in_features)), torch.int32, device))
@@ -104,6 +106,7 @@ class QLinear(nn.Module):
         self = cls(k, n, scheme, bias=False, device="meta", dtype=weight.dtype, compute_dtype=compute_dtype)
         source = weight if compute_dtype is None else weight.to(compute_dtype)
         self._set(pack_codes(quantize(source, self.format), self.format))
+        self.from_conv1d = conv1d
         self.bias = linear.bias  # type: ignore[assignment]
         self.prepare()
         return self.train(linear.training)
@@ -180,7 +183,7 @@ class QLinear(nn.Module):
             ValueError: another dtype, or a scheme that quantizes activations, which a 16-bit product would not.
         """
         dtype = dtype or self.compute_dtype or self.float_dtype
-        if self.format.integer_activations:
+        if self.format.quantized_activations:
             raise ValueError(f"{self.scheme} quantizes activations, a product with a 16-bit copy would not; use w8a16")
         if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"a kept copy is float16 or bfloat16, got {dtype}: see compute_dtype")

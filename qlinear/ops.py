@@ -55,7 +55,7 @@ def _check(x: Tensor, packed: PackedWeight) -> None:
 
 def _usable(dense: Tensor | None, x: Tensor, fmt: Format) -> bool:
     """Whether x can be multiplied by the kept 16-bit copy; whether it should be is a matter of its tokens."""
-    return dense is not None and dense.dtype == x.dtype and not fmt.integer_activations
+    return dense is not None and dense.dtype == x.dtype and not fmt.quantized_activations
 
 
 def _linear_dense(x: Tensor, dense: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -78,7 +78,7 @@ def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Te
         return _linear_any(x, packed, bias, dense)
     # Triton is imported where a GPU needs it, so that `import qlinear` works without either.
     from qlinear.kernels.dequantize import linear_tensors
-    from qlinear.kernels.int8 import int8_linear_tensors
+    from qlinear.kernels.int8 import quantized_linear_tensors
     from qlinear.kernels.matmul import matmul_tensors
     from qlinear.kernels.tuned import fused_tokens_on
 
@@ -88,13 +88,13 @@ def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Te
     many = most is not None and flat.shape[0] > most
     if kept and many:
         return _linear_dense(x, dense, bias)
-    multiply = int8_linear_tensors if fmt.integer_activations else linear_tensors if many else matmul_tensors
+    multiply = quantized_linear_tensors if fmt.quantized_activations else linear_tensors if many else matmul_tensors
     return multiply(flat, packed.weight, packed.scale, fmt, n, bias).view(*x.shape[:-1], n)
 
 
 def _linear_any(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
     """Any device: dequantize the whole weight and multiply."""
-    if packed.format.integer_activations:
+    if packed.format.quantized_activations:
         return int8_linear(x, packed, bias)
     if not _usable(dense, x, packed.format):
         dense = packed.dequantize(x.dtype)
@@ -200,7 +200,7 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, dense: T
     """
     gradients = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     compiling = torch.compiler.is_compiling()
-    if compiling and packed.format.integer_activations and not gradients and not torch.compiler.is_exporting():
+    if compiling and packed.format.quantized_activations and not gradients and not torch.compiler.is_exporting():
         _check(x, packed)
         return linear_in_parts(x, packed, bias)
     direct = _DIRECT.get(x.device.type)

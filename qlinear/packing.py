@@ -78,14 +78,17 @@ class PackedWeight:
 def dequantize_codes(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``(code - zero_point) * scale`` for uint8 codes ``[N, K]`` and scales ``[N, G]``, rounded to ``dtype`` once."""
+    """``(code - zero_point) * scale`` for uint8 codes ``[N, K]`` and scales ``[N, G]``, rounded to ``dtype`` once.
+
+    Where codes are the bits of e4m3 there is no zero point: that float times the scale.
+    """
     if zero_point is not None:
         zero_point = expand_groups(zero_point, fmt, codes.shape[1])
     return scaled(signed(codes, zero_point, fmt), scale, fmt, dtype)
 
 
 def scaled(values: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
-    """int8 values ``[N, K]`` times their scales ``[N, G]``, in ``dtype``."""
+    """int8 or e4m3 values ``[N, K]`` times their scales ``[N, G]``, in ``dtype``."""
     n, k = values.shape
     size = fmt.group_size or k
     values = torch.nn.functional.pad(values, (0, scale.shape[1] * size - k))
@@ -98,7 +101,9 @@ def expand_groups(per_group: Tensor, fmt: Format, in_features: int) -> Tensor:
 
 
 def signed(codes: Tensor, zero_point: Tensor | None, fmt: Format) -> Tensor:
-    """``code - zero_point`` as int8, for uint8 codes and zero points (None: the format's offset)."""
+    """``code - zero_point`` as int8, for uint8 codes and zero points (None: the format's offset); or the e4m3 value."""
+    if fmt.number == "e4m3":
+        return codes.view(torch.float8_e4m3fn)
     if fmt.bits == 8:
         return (codes ^ fmt.offset).view(torch.int8)
     return codes.view(torch.int8) - (fmt.offset if zero_point is None else zero_point.view(torch.int8))

@@ -55,11 +55,23 @@ def _path(
         return cpu.path(fmt, dtype, tokens, layout, k)
     if layout != "triton":
         return "dequantize + F.linear", f"no kernel reads the {layout} layout on {kind}"
+    if fmt.quantized_activations and fmt.number == "e4m3":
+        return _fp8_path()
     if fmt.integer_activations:
         return "Triton int8 x int8", "int32 sums on the tensor cores, activations quantized per token by one kernel"
     if many:
         return "Triton dequantize + vendor matmul", f"more than {few} tokens"
     return "Triton matmul", "packed weights are decoded in registers" + (", split along K" if tokens <= 64 else "")
+
+
+def _fp8_path() -> tuple[str, str]:
+    """What the current GPU makes of fp8."""
+    from qlinear.kernels.runtime import target_of
+
+    if not torch.cuda.is_available() or target_of(torch.device("cuda")).fp8:
+        return "Triton fp8 x fp8", "float32 sums on the tensor cores, activations rounded to e4m3 per token by a kernel"
+    why = "no float8 products here (NVIDIA has them from compute capability 8.9 on): slower, the same numbers"
+    return "Triton matmul, e4m3 held in float16", why
 
 
 def paths(

@@ -1,14 +1,16 @@
-"""Operators on tokens rounded to int8: to round them, alone or after a norm, and to multiply what was rounded.
+"""Operators on tokens rounded to 8 bits: to round them, alone or after a norm, and to multiply what was rounded.
 
-- ``torch.ops.qlinear.quantize_activations(x)``: int8 values ``[M, K]`` and float32 scales ``[M, 1]`` of x ``[M, K]``.
-- ``rms_norm_quantize(x, gain, eps)``: the same of ``x * gain / sqrt(mean(x**2) + eps)``, gain ``[K]``, in one kernel.
+- ``torch.ops.qlinear.quantize_activations(x, number="int")``: int8 values ``[M, K]`` and float32 scales ``[M, 1]`` of x
+  ``[M, K]``; float8_e4m3fn values where ``number`` is ``"e4m3"``.
+- ``rms_norm_quantize(x, gain, eps, number="int")``: the same of ``x * gain / sqrt(mean(x**2) + eps)``, gain ``[K]``, in
+  one kernel.
 - ``int8_linear(values, token_scale, weight, scale, bias?, scheme, in_features, out_features, dtype)``: the product of
   what either returned with a packed weight, ``[M, N]`` in ``dtype``.
 
-Under ``torch.compile`` a layer with int8 activations rounds its tokens in PyTorch's own operators, which inductor fuses
-with what made the tokens and with each other: layers that read the same ones (q, k and v; gate and up) round them in
-one kernel. Outside of it every layer rounds its own. Remembering the last tokens instead would be unsafe: replaying a
-CUDA graph writes into tensors without leaving a trace on them.
+Under ``torch.compile`` a layer with 8-bit activations rounds its tokens in PyTorch's own operators, which inductor
+fuses with what made the tokens and with each other: layers that read the same ones (q, k and v; gate and up) round
+them in one kernel. Outside of it every layer rounds its own. Remembering the last tokens instead would be unsafe:
+replaying a CUDA graph writes into tensors without leaving a trace on them.
 """
 
 from __future__ import annotations
@@ -18,38 +20,56 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlinear import cpu
-from qlinear.format import BLOCK_K, FORMATS
+from qlinear.format import BLOCK_K, FORMATS, ROUNDED
 from qlinear.layout import layout_of
 from qlinear.packing import PackedWeight
 
 _library = torch.library.Library("qlinear", "FRAGMENT")
-_library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
-_library.define("rms_norm_quantize(Tensor x, Tensor gain, float eps) -> (Tensor, Tensor)")
+_library.define('quantize_activations(Tensor x, str number="int") -> (Tensor, Tensor)')
+_library.define('rms_norm_quantize(Tensor x, Tensor gain, float eps, str number="int") -> (Tensor, Tensor)')
 _library.define(
     "int8_linear(Tensor values, Tensor token_scale, Tensor weight, Tensor scale, Tensor? bias, str scheme, "
     "int in_features, int out_features, ScalarType dtype) -> Tensor"
 )
 
 
-def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_cuda(x: Tensor, number: str = "int") -> tuple[Tensor, Tensor]:
     from qlinear.kernels.int8 import quantize_activations
 
-    values, scale = quantize_activations(x)
+    _check_number(number)
+    values, scale = quantize_activations(x, number)
     # The kernel pads rows to blocks of 128; what the operator returns is contiguous, as its fake says.
     return values.contiguous(), scale.view(-1, 1)
 
 
-def _norm_quantize_cuda(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _quantize_any(x: Tensor, number: str = "int") -> tuple[Tensor, Tensor]:
+    _check_number(number)
+    return cpu.quantize_activations(x, number)
+
+
+def _quantize_fake(x: Tensor, number: str = "int") -> tuple[Tensor, Tensor]:
+    dtype = _check_number(number)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+def _norm_quantize_cuda(x: Tensor, gain: Tensor, eps: float, number: str = "int") -> tuple[Tensor, Tensor]:
     from qlinear.kernels.int8 import rms_norm_quantize
 
     _check_gain(x, gain)
-    values, scale = rms_norm_quantize(x, gain, eps)
+    _check_number(number)
+    values, scale = rms_norm_quantize(x, gain, eps, number)
     return values.contiguous(), scale.view(-1, 1)
 
 
-def _norm_quantize_any(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _norm_quantize_any(x: Tensor, gain: Tensor, eps: float, number: str = "int") -> tuple[Tensor, Tensor]:
     _check_gain(x, gain)
-    return cpu.rms_norm_quantize(x, gain, eps)
+    _check_number(number)
+    return cpu.rms_norm_quantize(x, gain, eps, number)
+
+
+def _norm_quantize_fake(x: Tensor, gain: Tensor, eps: float, number: str = "int") -> tuple[Tensor, Tensor]:
+    _check_gain(x, gain)
+    return _quantize_fake(x, number)
 
 
 def _check_gain(x: Tensor, gain: Tensor) -> None:
@@ -58,13 +78,11 @@ def _check_gain(x: Tensor, gain: Tensor) -> None:
         raise ValueError(f"an RMS norm takes x [M, K] and its gain [K] on one device, got {got}")
 
 
-def _norm_quantize_fake(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check_gain(x, gain)
-    return _quantize_fake(x)
-
-
-def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+def _check_number(number: str) -> torch.dtype:
+    """The dtype of what tokens are rounded to."""
+    if number not in ROUNDED:
+        raise ValueError(f"tokens are rounded to 'int' (int8) or 'e4m3' (float8_e4m3fn), got {number!r}")
+    return ROUNDED[number].dtype
 
 
 def _int8_linear_any(
@@ -97,10 +115,11 @@ def _int8_linear_cuda(
 ) -> Tensor:
     if layout_of(weight) != "triton":
         return _int8_linear_any(values, token_scale, weight, scale, bias, scheme, k, n, dtype)
-    from qlinear.kernels.int8 import int8_product
+    from qlinear.kernels.int8 import rounded_product
 
-    padded = F.pad(values, (0, -k % BLOCK_K)) if k % BLOCK_K else values
-    return int8_product(padded, token_scale.view(-1), weight, scale, FORMATS[scheme], n, k, bias, dtype)
+    # Not every device pads float8, but bytes.
+    padded = F.pad(values.view(torch.int8), (0, -k % BLOCK_K)).view(values.dtype) if k % BLOCK_K else values
+    return rounded_product(padded, token_scale.view(-1), weight, scale, FORMATS[scheme], n, k, bias, dtype)
 
 
 def _int8_linear_fake(
@@ -117,7 +136,7 @@ def _int8_linear_fake(
     return values.new_empty(values.shape[0], n, dtype=dtype)
 
 
-_library.impl("quantize_activations", cpu.quantize_activations, "CompositeExplicitAutograd")
+_library.impl("quantize_activations", _quantize_any, "CompositeExplicitAutograd")
 _library.impl("quantize_activations", _quantize_cuda, "CUDA")
 _library.impl("rms_norm_quantize", _norm_quantize_any, "CompositeExplicitAutograd")
 _library.impl("rms_norm_quantize", _norm_quantize_cuda, "CUDA")
@@ -131,14 +150,14 @@ torch.library.register_fake("qlinear::int8_linear", _int8_linear_fake, lib=_libr
 def int8_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """Rounds the tokens x ``[..., K]`` in PyTorch's own operators, and multiplies with the operator above."""
     n, k = packed.out_features, packed.in_features
-    values, token_scale = cpu.quantize_activations(x.reshape(-1, k))
+    values, token_scale = cpu.quantize_activations(x.reshape(-1, k), packed.format.number)
     weight, scale, scheme = packed.weight, packed.scale, packed.format.name
     y: Tensor = torch.ops.qlinear.int8_linear(values, token_scale, weight, scale, bias, scheme, k, n, x.dtype)
     return y.view(*x.shape[:-1], n)
 
 
 def linear_in_parts(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    """``torch.ops.qlinear.linear`` for a format with int8 activations, in pieces that ``torch.compile`` can fuse."""
+    """``torch.ops.qlinear.linear`` for a format with 8-bit activations, in pieces that ``torch.compile`` can fuse."""
     if x.device.type != "cpu":
         return int8_linear(x, packed, bias)
     y = cpu.matmul(x.reshape(-1, packed.in_features), packed)

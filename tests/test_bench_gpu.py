@@ -194,7 +194,11 @@ def test_determinism(device: torch.device) -> None:
 
 def test_ptx(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     result = gpu_ptx.ptx(job(device))
-    assert result["failed"] == [] and {row["packing"] for row in result["rows"]} == {"planar4", "planar8"}
+    assert result["failed"] == [] and {row["packing"] for row in result["rows"]} == {
+        "planar4",
+        "planar8",
+        "planar_e4m3",
+    }
     monkeypatch.setattr(gpu_ptx, "decode", lambda *args: torch.zeros(1, 65536))
     assert "numbers are wrong" in gpu_ptx.ptx(job(device))["failed"][0]
 

@@ -16,6 +16,8 @@ from qlinear.kernels.configs import Config, shipped_configs
 from qlinear.kernels.runtime import Capability
 
 TARGETS: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0), "gfx942")
+#: And those that multiply 8-bit floats, but not by warpgroups.
+FLOAT8_TARGETS: tuple[Capability, ...] = (*TARGETS, (8, 9))
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -53,20 +55,28 @@ VARIANTS: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("w4a16-channel", "bf16", {"scale_dtype": torch.float32}),
     ("w8a16", "bf16", {"scale_dtype": torch.float32}),
     ("w8a8", "bf16", {"scale_dtype": torch.float32}),
+    ("w8a16-fp8", "fp16", {"in_features": 200}),
+    ("fp8", "bf16", {"scale_dtype": torch.float32, "in_features": 4080}),
 )
+FLOAT8_VARIANTS = VARIANTS[-2:]
 
 
 def jobs() -> list[Job]:
     result = []
-    for target in TARGETS:
+    for target in FLOAT8_TARGETS:
         for dtype in DTYPES:
             for fmt in FORMATS.values():
+                if target not in TARGETS and (fmt.number != "e4m3" or dtype != "bf16"):
+                    continue
                 configs = shipped_configs(fmt, DTYPES[dtype], target)
                 result += [Job("matmul", target, dtype, fmt, config) for config in configs]
-        for i, (name, dtype, options) in enumerate(VARIANTS):
+        for i, (name, dtype, options) in enumerate(VARIANTS if target in TARGETS else FLOAT8_VARIANTS):
             configs = list(shipped_configs(FORMATS[name], DTYPES[dtype], target))
             result.append(Job("matmul", target, dtype, FORMATS[name], configs[i % len(configs)], options))
-        for dtype in DTYPES:
+        for k in (200, 14336):
+            result.append(Job("quantize", target, "bf16", options={"in_features": k, "number": "e4m3"}))
+        for dtype in DTYPES if target in TARGETS else ():
+            result.append(Job("dequantize", target, dtype, FORMATS["w8a16-fp8"]))
             result += [Job("dequantize", target, dtype, FORMATS[name]) for name in ("w8a8", "w8a16-g32", "w4a16-asym")]
             # One warp, a row in one block, a row in several.
             result += [Job("quantize", target, dtype, options={"in_features": k}) for k in (200, 4096, 14336)]

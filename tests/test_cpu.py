@@ -218,6 +218,18 @@ def test_activations_are_rounded_to_127_levels(dtype):
     assert torch.isfinite(scale).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_activations_are_rounded_to_e4m3(dtype):
+    x = torch.randn(9, 100).to(dtype)
+    x[4] = 0
+    values, scale = cpu.quantize_activations(x, "e4m3")
+    assert values.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and scale.shape == (9, 1)
+    assert values.float().abs().amax(1).tolist() == [448] * 4 + [0] + [448] * 4
+    # Half of an eighth of a number, or of the even grid below 2**-6.
+    step = (values.double().abs() * scale).clamp(min=2**-6 * scale.double()) / 8
+    assert ((values.double() * scale.double() - x.double()).abs() <= step * 0.5001).all()
+
+
 @pytest.mark.parametrize("largest", [1e-45, 1e-38, 1e-29, 1.0, 1e30])
 def test_activations_at_the_ends_of_float32(largest):
     """No overflow on the way to a result that float32 can hold."""
@@ -249,7 +261,7 @@ def test_reference_is_the_product_of_the_dequantized_weight():
         y = reference.matmul(x, packed, bias)
         assert y.dtype == torch.float64 and y.shape == (2, 3, 9)
         expected = x.double() @ packed.dequantize(torch.float64).t() + bias.double()
-        if fmt.integer_activations:
-            assert 0 < relative_error(y, expected) < 0.02
+        if fmt.quantized_activations:
+            assert 0 < relative_error(y, expected) < (0.05 if fmt.number == "e4m3" else 0.02)
         else:
             torch.testing.assert_close(y, expected)

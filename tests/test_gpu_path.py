@@ -8,9 +8,10 @@ from helpers import to_device
 from models import random_packed, relative_error
 
 import qlinear
-from qlinear import ops, reference, token_ops
-from qlinear.format import FORMATS, Format
+from qlinear import cpu, ops, paths, reference, token_ops
+from qlinear.format import FORMATS, ROUNDED, Format
 from qlinear.kernels import dequantize as kernels_dequantize
+from qlinear.kernels import int8, runtime
 
 #: A layer this small leaves the kernel after 128 tokens.
 MANY = 129
@@ -59,14 +60,34 @@ def test_dequantize_is_the_plain_weight(fmt: Format, device: torch.device) -> No
     assert torch.equal(dense.cpu(), plain.dequantize(torch.bfloat16))
 
 
-def test_activations_are_rounded_as_on_a_cpu(device: torch.device) -> None:
-    from qlinear import cpu
-
+@pytest.mark.parametrize("number", ROUNDED)
+def test_activations_are_rounded_as_on_a_cpu(number: str, device: torch.device) -> None:
     x = torch.randn(5, 200).bfloat16()
-    values, scale = token_ops._quantize_cuda(x.to(device))
-    wanted, wanted_scale = cpu.quantize_activations(x)
-    assert values.is_contiguous() and scale.shape == (5, 1)
-    assert torch.equal(values.cpu(), wanted) and torch.equal(scale.cpu(), wanted_scale)
+    values, scale = token_ops._quantize_cuda(x.to(device), number)
+    wanted, wanted_scale = cpu.quantize_activations(x, number)
+    assert values.is_contiguous() and scale.shape == (5, 1) and values.dtype == ROUNDED[number].dtype
+    assert torch.equal(values.cpu().float(), wanted.float()) and torch.equal(scale.cpu(), wanted_scale)
+
+
+def test_fp8_without_float8_products_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What doctor and inspect print, on a device that has them and on one that has not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, name in {(8, 0): "Triton matmul, e4m3 held in float16", (8, 9): "Triton fp8 x fp8"}.items():
+        monkeypatch.setattr(runtime, "target_of", lambda _, c=capability: runtime.Target(c, 108))
+        found, why = paths._path(FORMATS["fp8"], torch.bfloat16, 1, "cuda", "triton", 128, False, None)
+        assert found == name and ("slower" in why) == (capability == (8, 0))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((8, 0), torch.float16), ((8, 6), torch.float16), ((8, 9), torch.float8_e4m3fn), ((9, 0), torch.float8_e4m3fn),
+     ((12, 0), torch.float8_e4m3fn), ("gfx942", torch.float16)],
+    ids=str,
+)  # fmt: skip
+def test_where_tokens_are_float8(capability: runtime.Capability, dtype: torch.dtype) -> None:
+    assert int8.rounded_dtype("e4m3", runtime.Target(capability, 100)) == dtype
+    assert int8.rounded_dtype("int", runtime.Target(capability, 100)) == torch.int8
+    assert int8.rounded_dtype("e4m3", runtime.Target(capability, 100, interpreted=True)) == torch.float16
 
 
 def test_the_plain_layout_works_too(device: torch.device) -> None:

@@ -12,7 +12,7 @@ from qlinear import ops, reference
 FORMATS = qlinear.FORMATS.values()
 N, K = 20, 72
 #: One scheme of each kind, where a test is slow and knows nothing of formats (opcheck_linear walks them all).
-FEW = ["w8a16", "w4a16", "w4a16-g32-asym", "w8a8"]
+FEW = ["w8a16", "w4a16", "w4a16-g32-asym", "w8a8", "fp8"]
 
 
 def arguments(fmt, m=3, layout="cpu", dtype=torch.bfloat16, bias=True, grad=False):
@@ -42,12 +42,15 @@ def test_opcheck_dequantize(scheme, layout, dtype):
     torch.library.opcheck(torch.ops.qlinear.dequantize.default, args)
 
 
+@pytest.mark.parametrize("number", ["int", "e4m3"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_opcheck_quantize_activations(dtype):
+def test_opcheck_quantize_activations(dtype, number):
     for x in (torch.randn(5, K), torch.randn(K, 5).t(), torch.randn(0, K)):
-        torch.library.opcheck(torch.ops.qlinear.quantize_activations.default, (x.to(dtype),))
+        torch.library.opcheck(torch.ops.qlinear.quantize_activations.default, (x.to(dtype), number))
         gain = torch.rand(x.shape[1]).to(dtype)
-        torch.library.opcheck(torch.ops.qlinear.rms_norm_quantize.default, (x.to(dtype), gain, 1e-5))
+        torch.library.opcheck(torch.ops.qlinear.rms_norm_quantize.default, (x.to(dtype), gain, 1e-5, number))
+        with pytest.raises(ValueError, match=r"'int' \(int8\) or 'e4m3' \(float8_e4m3fn\), got 'e5m2'"):
+            torch.ops.qlinear.quantize_activations(x.to(dtype), "e5m2")
         with pytest.raises(ValueError, match=r"its gain \[K\] on one device, got"):
             torch.ops.qlinear.rms_norm_quantize(x.to(dtype), gain[:-1], 1e-5)
 

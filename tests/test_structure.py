@@ -21,7 +21,7 @@ FLOORS = [
     ["ops"],
     ["linear"],
     ["undo"],
-    ["conversion"],
+    ["conversion", "compressed"],
     ["inspection", "validation", "checkpoint", "tuning"],
     ["__init__"],
     ["doctor"],
