@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qlinear.format import BLOCK_K, ROUNDED, Format
+from qlinear.kernels.checks import check
 from qlinear.kernels.configs import Config
-from qlinear.kernels.matmul import check, launch
+from qlinear.kernels.matmul import launch
 from qlinear.kernels.runtime import Target, device_guard, target_of
 
 #: A row up to this long stays in registers between finding its largest value and writing it.

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from qlinear import cpu
 from qlinear.format import FORMATS, Format
 from qlinear.packing import PackedWeight
-from qlinear.token_ops import int8_linear, linear_in_parts
+from qlinear.token_ops import linear_in_parts, rounded_linear
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -95,7 +95,7 @@ def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Te
 def _linear_any(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
     """Any device: dequantize the whole weight and multiply."""
     if packed.format.quantized_activations:
-        return int8_linear(x, packed, bias)
+        return rounded_linear(x, packed, bias)
     if not _usable(dense, x, packed.format):
         dense = packed.dequantize(x.dtype)
     return _linear_dense(x, dense, bias)

@@ -4,8 +4,8 @@
   ``[M, K]``; float8_e4m3fn values where ``number`` is ``"e4m3"``.
 - ``rms_norm_quantize(x, gain, eps, number="int")``: the same of ``x * gain / sqrt(mean(x**2) + eps)``, gain ``[K]``, in
   one kernel.
-- ``int8_linear(values, token_scale, weight, scale, bias?, scheme, in_features, out_features, dtype)``: the product of
-  what either returned with a packed weight, ``[M, N]`` in ``dtype``.
+- ``rounded_linear(values, token_scale, weight, scale, bias?, scheme, in_features, out_features, dtype)``: the product
+  of what either returned with a packed weight, ``[M, N]`` in ``dtype``.
 
 Under ``torch.compile`` a layer with 8-bit activations rounds its tokens in PyTorch's own operators, which inductor
 fuses with what made the tokens and with each other: layers that read the same ones (q, k and v; gate and up) round
@@ -15,20 +15,21 @@ replaying a CUDA graph writes into tensors without leaving a trace on them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qlinear import cpu
 from qlinear.format import BLOCK_K, FORMATS, ROUNDED
-from qlinear.layout import layout_of
 from qlinear.packing import PackedWeight
 
 _library = torch.library.Library("qlinear", "FRAGMENT")
 _library.define('quantize_activations(Tensor x, str number="int") -> (Tensor, Tensor)')
 _library.define('rms_norm_quantize(Tensor x, Tensor gain, float eps, str number="int") -> (Tensor, Tensor)')
 _library.define(
-    "int8_linear(Tensor values, Tensor token_scale, Tensor weight, Tensor scale, Tensor? bias, str scheme, "
+    "rounded_linear(Tensor values, Tensor token_scale, Tensor weight, Tensor scale, Tensor? bias, str scheme, "
     "int in_features, int out_features, ScalarType dtype) -> Tensor"
 )
 
@@ -85,80 +86,72 @@ def _check_number(number: str) -> torch.dtype:
     return ROUNDED[number].dtype
 
 
-def _int8_linear_any(
-    values: Tensor,
-    token_scale: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    scheme: str,
-    k: int,
-    n: int,
-    dtype: torch.dtype,
+_Rounded = Callable[[Tensor, Tensor, PackedWeight, "Tensor | None", torch.dtype], Tensor]
+
+
+def _with_schema(compute: _Rounded) -> Callable[..., Tensor]:
+    """``compute`` with the arguments of the operator ``rounded_linear``."""
+
+    def implementation(
+        values: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scheme: str, k: int,
+        n: int, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        return compute(values, token_scale, PackedWeight(weight, scale, None, FORMATS[scheme], n, k), bias, dtype)
+
+    return implementation
+
+
+def _rounded_any(
+    values: Tensor, token_scale: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Any device: dequantizes the whole weight. float32 holds sums of int8 products up to 2**24 exactly."""
-    dense = PackedWeight(weight, scale, None, FORMATS[scheme], n, k).dequantize(torch.float32)
-    y = (values.to(torch.float32) @ dense.t()).mul_(token_scale).to(dtype)
+    y = (values.float() @ packed.dequantize(torch.float32).t()).mul_(token_scale).to(dtype)
     return y if bias is None else y + bias.to(dtype)
 
 
-def _int8_linear_cuda(
-    values: Tensor,
-    token_scale: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    scheme: str,
-    k: int,
-    n: int,
-    dtype: torch.dtype,
+def _rounded_cuda(
+    values: Tensor, token_scale: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    if layout_of(weight) != "triton":
-        return _int8_linear_any(values, token_scale, weight, scale, bias, scheme, k, n, dtype)
+    if packed.layout != "triton":
+        return _rounded_any(values, token_scale, packed, bias, dtype)
     from qlinear.kernels.int8 import rounded_product
 
-    # Not every device pads float8, but bytes.
-    padded = F.pad(values.view(torch.int8), (0, -k % BLOCK_K)).view(values.dtype) if k % BLOCK_K else values
-    return rounded_product(padded, token_scale.view(-1), weight, scale, FORMATS[scheme], n, k, bias, dtype)
+    fmt, n, k = packed.format, packed.out_features, packed.in_features
+    if k % BLOCK_K:
+        # As bytes: padding is not implemented for float8 everywhere.
+        values = F.pad(values.view(torch.int8), (0, -k % BLOCK_K)).view(values.dtype)
+    return rounded_product(values, token_scale.view(-1), packed.weight, packed.scale, fmt, n, k, bias, dtype)
 
 
-def _int8_linear_fake(
-    values: Tensor,
-    token_scale: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    scheme: str,
-    k: int,
-    n: int,
-    dtype: torch.dtype,
+def _rounded_fake(
+    values: Tensor, token_scale: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    return values.new_empty(values.shape[0], n, dtype=dtype)
+    return values.new_empty(values.shape[0], packed.out_features, dtype=dtype)
 
 
 _library.impl("quantize_activations", _quantize_any, "CompositeExplicitAutograd")
 _library.impl("quantize_activations", _quantize_cuda, "CUDA")
 _library.impl("rms_norm_quantize", _norm_quantize_any, "CompositeExplicitAutograd")
 _library.impl("rms_norm_quantize", _norm_quantize_cuda, "CUDA")
-_library.impl("int8_linear", _int8_linear_any, "CompositeExplicitAutograd")
-_library.impl("int8_linear", _int8_linear_cuda, "CUDA")
+_library.impl("rounded_linear", _with_schema(_rounded_any), "CompositeExplicitAutograd")
+_library.impl("rounded_linear", _with_schema(_rounded_cuda), "CUDA")
 torch.library.register_fake("qlinear::quantize_activations", _quantize_fake, lib=_library)
 torch.library.register_fake("qlinear::rms_norm_quantize", _norm_quantize_fake, lib=_library)
-torch.library.register_fake("qlinear::int8_linear", _int8_linear_fake, lib=_library)
+torch.library.register_fake("qlinear::rounded_linear", _with_schema(_rounded_fake), lib=_library)
 
 
-def int8_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+def rounded_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """Rounds the tokens x ``[..., K]`` in PyTorch's own operators, and multiplies with the operator above."""
     n, k = packed.out_features, packed.in_features
     values, token_scale = cpu.quantize_activations(x.reshape(-1, k), packed.format.number)
     weight, scale, scheme = packed.weight, packed.scale, packed.format.name
-    y: Tensor = torch.ops.qlinear.int8_linear(values, token_scale, weight, scale, bias, scheme, k, n, x.dtype)
+    y: Tensor = torch.ops.qlinear.rounded_linear(values, token_scale, weight, scale, bias, scheme, k, n, x.dtype)
     return y.view(*x.shape[:-1], n)
 
 
 def linear_in_parts(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """``torch.ops.qlinear.linear`` for a format with 8-bit activations, in pieces that ``torch.compile`` can fuse."""
     if x.device.type != "cpu":
-        return int8_linear(x, packed, bias)
+        return rounded_linear(x, packed, bias)
     y = cpu.matmul(x.reshape(-1, packed.in_features), packed)
     return (y if bias is None else y + bias.to(x.dtype)).view(*x.shape[:-1], packed.out_features)

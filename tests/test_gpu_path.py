@@ -132,13 +132,11 @@ def test_compile_and_cuda_graphs(scheme: str) -> None:
     assert torch.equal(captured, wanted)
 
 
-@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt.integer_activations], ids=str)
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt.quantized_activations], ids=str)
 def test_rounded_tokens_are_multiplied_as_by_the_whole(fmt: Format, device: torch.device) -> None:
     _, packed = _weights(fmt, 70, 200, device)
     x, bias = torch.randn(3, 200).half().to(device), torch.linspace(-1, 1, 70).to(device)
     whole = ops._linear_cuda(x, packed, bias, None)
-    rounded = token_ops._quantize_cuda(x)
-    parts = token_ops._int8_linear_cuda(
-        *rounded, packed.weight, packed.scale, bias, fmt.name, packed.in_features, packed.out_features, x.dtype
-    )
+    rounded = token_ops._quantize_cuda(x, fmt.number)
+    parts = token_ops._rounded_cuda(*rounded, packed, bias, x.dtype)
     assert torch.equal(parts, whole)

@@ -15,14 +15,14 @@ N, K = 20, 72
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_int8_linear_is_the_second_half_of_linear(fmt, bias):
+def test_rounded_linear_is_the_second_half_of_linear(fmt, bias):
     packed, x = random_packed(fmt, N, K), torch.randn(3, K)
     b = torch.randn(N) if bias else None
     values, token_scale = torch.ops.qlinear.quantize_activations(x)
     args = (values, token_scale, packed.weight, packed.scale, b, fmt.name, K, N, torch.float32)
-    torch.library.opcheck(torch.ops.qlinear.int8_linear.default, args)
+    torch.library.opcheck(torch.ops.qlinear.rounded_linear.default, args)
     whole = torch.ops.qlinear.linear(x, packed.weight, packed.scale, None, b, fmt.name, K, N)
-    assert relative_error(torch.ops.qlinear.int8_linear(*args), whole) < 1e-6
+    assert relative_error(torch.ops.qlinear.rounded_linear(*args), whole) < 1e-6
 
 
 class Siblings(nn.Module):
@@ -55,8 +55,8 @@ def traced_calls(module, x):
 def test_the_compiler_sees_the_rounding_and_one_product_a_layer(fmt):
     # On `meta` as on a GPU.
     calls = traced_calls(Siblings(fmt.name, "meta"), torch.randn(5, 64, device="meta", dtype=torch.bfloat16))
-    assert calls["aten.round.default"] == calls["qlinear.int8_linear.default"] == 3
-    assert {name for name in calls if name.startswith("qlinear")} == {"qlinear.int8_linear.default"}
+    assert calls["aten.round.default"] == calls["qlinear.rounded_linear.default"] == 3
+    assert {name for name in calls if name.startswith("qlinear")} == {"qlinear.rounded_linear.default"}
 
 
 def converted_siblings():
