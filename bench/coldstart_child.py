@@ -65,7 +65,7 @@ def compile_call(scheme: str, n: int, k: int) -> list[str]:
     fmt, dtype = FORMATS[scheme], torch.bfloat16
     compiled = []
     if fmt.quantized_activations:
-        compiled.append(compile_quantize(dtype, k, (9, 0)))
+        compiled.append(compile_quantize(dtype, k, (9, 0), number=fmt.number))
     config = choose_config(1, n, k, fmt, dtype, (9, 0), 132)
     compiled.append(compile_matmul(fmt, dtype, config, (9, 0), in_features=k))
     return [kernel.metadata.name for kernel in compiled]

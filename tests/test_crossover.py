@@ -28,8 +28,8 @@ from qlinear.kernels.machines import MACHINES
 
 H200 = ((9, 0), 132, 50 << 20)
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), "gfx942"]
-WEIGHT_ONLY = [fmt for fmt in FORMATS.values() if not fmt.integer_activations]
-INTEGER = [fmt for fmt in FORMATS.values() if fmt.integer_activations]
+WEIGHT_ONLY = [fmt for fmt in FORMATS.values() if not fmt.quantized_activations]
+ROUNDED = [fmt for fmt in FORMATS.values() if fmt.quantized_activations]
 
 
 @settings(deadline=None, max_examples=100)
@@ -47,8 +47,8 @@ def test_it_lies_between_tiles_of_tokens(n, k, fmt, capability, num_sms, kept):
     assert most is not None and most % M_BUCKETS[-1] == 0 and M_BUCKETS[-1] <= most <= MOST_TOKENS
 
 
-@pytest.mark.parametrize("fmt", INTEGER, ids=str)
-def test_integer_activations_never_leave_the_kernel(fmt):
+@pytest.mark.parametrize("fmt", ROUNDED, ids=str)
+def test_rounded_activations_never_leave_the_kernel(fmt):
     assert all(fused_tokens(n, 4096, fmt, torch.bfloat16, *H200, kept) is None for n in (64, 8192) for kept in (0, 1))
 
 
@@ -125,7 +125,7 @@ def test_the_slots_are_those_of_the_machine_code(tmp_path):
     for scheme, n, bound in (
         ("w4a16-g32-asym", 28672, (9, 256)),
         ("w8a16-g32", 8192, (9, 128)),
-        ("w8a16", 8192, (9, 128)),
+        ("w8a16-fp8", 8192, (9, 128)),
     ):
         config = choose_config(256, n, 8192, FORMATS[scheme], DTYPES["bf16"], (9, 0), 132)
         assert (config.block_m, config.block_n) == (128, bound[1])

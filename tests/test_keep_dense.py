@@ -18,8 +18,8 @@ import qlinear
 from qlinear import QLinear, cpu, ops, paths, reference
 from qlinear.format import FORMATS
 
-WEIGHT_ONLY = [name for name, fmt in FORMATS.items() if not fmt.integer_activations]
-INTEGER = [name for name, fmt in FORMATS.items() if fmt.integer_activations]
+WEIGHT_ONLY = [name for name, fmt in FORMATS.items() if not fmt.quantized_activations]
+ROUNDED = [name for name, fmt in FORMATS.items() if fmt.quantized_activations]
 MANY = 40
 
 
@@ -56,7 +56,7 @@ def test_another_dtype_does_not_use_it() -> None:
     assert q(tokens(MANY, torch.float32)).isfinite().all()
 
 
-@pytest.mark.parametrize("scheme", INTEGER)
+@pytest.mark.parametrize("scheme", ROUNDED)
 def test_a_scheme_that_quantizes_activations_refuses(scheme: str) -> None:
     q = QLinear.from_float(float_layer(), scheme)
     with pytest.raises(ValueError, match="quantizes activations"):
