@@ -39,7 +39,8 @@ def on_grid(weight: Tensor, fmt: Format, dtype: torch.dtype) -> tuple[Tensor, Te
     "Bit for bit" is after rounding ``(code - zero_point) * scale`` to the weight's own dtype. It is all or nothing: one
     group off the grid, and the weight is a float weight like any other. That is found out from one group, as a rule.
     """
-    if weight.dtype == torch.float64:
+    # 8-bit floats and unscaled floats are no grid.
+    if weight.dtype == torch.float64 or getattr(fmt, "number", "int") != "int":
         return None
     n, k = weight.shape
     size, groups = fmt.group_size or k, fmt.groups(k)
@@ -77,7 +78,7 @@ def _passes(group: Tensor, fmt: Format, dtype: torch.dtype) -> bool:
 
 
 def _nudged(scale: Tensor, by: int, dtype: torch.dtype) -> Tensor:
-    """Positive scales, so many steps of their dtype away: the largest weight was rounded, and gives its scale so far."""
+    """Positive scales, so many steps of their dtype away: a largest weight that was rounded gives its scale so far."""
     if by == 0:
         return scale
     bits = torch.int32 if dtype.itemsize == 4 else torch.int16

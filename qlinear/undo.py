@@ -23,7 +23,8 @@ class _Kept:
         # A copy, because torch.save writes the whole storage of a view: that of a file's every weight, perhaps.
         torch.save(parameter.detach().to("cpu", copy=True), file)
         self._file, self._device, self._requires_grad = file, parameter.device, parameter.requires_grad
-        self._original, self._loaded = weakref.ref(parameter), None
+        self._original = weakref.ref(parameter)
+        self._loaded: Tensor | None = None
 
     def holds(self, parameter: Tensor) -> bool:
         return self._original() is parameter

@@ -35,7 +35,9 @@ FLOORS = [
 SHARED = {"cache", "tables"}
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
-SOURCES = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("demo/**/*.py"), *PACKAGE.glob("pruning/**/*.py"), *KERNELS.glob("*.py")])
+SOURCES = sorted(
+    [*PACKAGE.glob("*.py"), *PACKAGE.glob("demo/**/*.py"), *PACKAGE.glob("pruning/**/*.py"), *KERNELS.glob("*.py")]
+)
 BENCH = sorted((ROOT / "bench").glob("**/*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 

@@ -1,8 +1,8 @@
 """Walks through a model while it is pruned, so that later layers are calibrated on what earlier ones now put out.
 
 A chain is a list of blocks each of which reads the output of the one before: the decoder layers of a language model, or
-the children of an ``nn.Sequential``. Its blocks are run one at a time on stored inputs, as SparseGPT's authors do, which
-costs about three forward passes in all. What is no chain is measured by whole passes of the model.
+the children of an ``nn.Sequential``. Its blocks are run one at a time on stored inputs, as SparseGPT's authors do,
+which costs about three forward passes in all. What is no chain is measured by whole passes of the model.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qlinear.validation import call
 
+
 @dataclass
 class _Sums:
     """Over the tokens a layer has seen: ``second`` is ``sum(x * x)`` ``[K]`` or ``sum(x x^T)`` ``[K, K]``."""
@@ -90,7 +91,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
     with ExitStack() as stack:
-        stack.callback(lambda: [setattr(m, "training", mode) for m, mode in modes])
+        for module, mode in modes:
+            stack.callback(setattr, module, "training", mode)
         if cache:
             stack.callback(setattr, config, "use_cache", cache)
             config.use_cache = False  # type: ignore[union-attr]

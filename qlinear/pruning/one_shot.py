@@ -18,7 +18,7 @@ from qlinear.pruning.calibration import evaluating, through_model
 from qlinear.pruning.patterns import Pattern
 from qlinear.pruning.rounding import Rounding
 from qlinear.pruning.sparsegpt import sweep
-from qlinear.pruning.targets import Share, Target, fold_targets, linear_layers, targets
+from qlinear.pruning.targets import Share, Target, fold_targets, linear_layers, matrix, targets
 from qlinear.undo import Undo
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "gradient")
@@ -68,8 +68,8 @@ def prune(
 ) -> nn.Module:
     """Prunes the linear layers that :func:`qlinear.convert` would convert, in place; returns the root.
 
-    The result is an ordinary float model. Zeros in the weights are the mask, and nothing else is kept: save it, train it
-    further (:class:`~qlinear.pruning.Gradual` keeps zeros through training) or convert it.
+    The result is an ordinary float model. Zeros in the weights are the mask, and nothing else is kept: save it, train
+    it further (:class:`~qlinear.pruning.Gradual` keeps zeros through training) or convert it.
 
     Args:
         model: any module, with its weights loaded.
@@ -84,28 +84,30 @@ def prune(
             Neurons and heads change shapes: the layer that consumes them (``down_proj``, ``o_proj``) decides the share;
             widths that are a multiple of 128 stay one; the config is updated so that the model can be saved and loaded
             again (heads of GPT-2 and BERT models, whose configs have no ``head_dim``, run but cannot be so described).
-        calibration: what the model is called with (mappings, tuples or single tensors, on the model's device), for every
-            method but magnitude. Positions whose ``attention_mask`` is 0 do not count.
+        calibration: what the model is called with (mappings, tuples or single tensors, on the model's device), for
+            every method but magnitude. Positions whose ``attention_mask`` is 0 do not count.
         scope: ``"layer"`` ranks within each layer (Wanda within each row, SparseGPT within a block of columns);
             ``"global"`` ranks all layers together (magnitude and gradient only).
         loss: called as ``loss(model, batch)``, returns a scalar; for ``"gradient"``.
-        scheme: SparseGPT also rounds to this integer scheme in the same sweep: ``convert(model, scheme)`` then finds the
-            very codes the sweep chose, also after the model was saved and loaded.
+        scheme: SparseGPT also rounds to this integer scheme in the same sweep: ``convert(model, scheme)`` then finds
+            the very codes the sweep chose, also after the model was saved and loaded.
         damping: SparseGPT's addition to the Hessian's diagonal, as a share of its mean.
         block_size: columns that SparseGPT ranks together.
         hessian_bytes: the most bytes of Hessians held at a time where the model is no chain of blocks.
         progress: a progress bar on standard error; None shows it where the work is long.
 
-    Wanda and SparseGPT go through a model block by block, so that each is calibrated on what the pruned blocks before it
-    put out. Masks of ``torch.nn.utils.prune`` on the layers become permanent, and their zeros go first. Any failure
+    Wanda and SparseGPT go through a model block by block, so that each is calibrated on what the pruned blocks before
+    it put out. Masks of ``torch.nn.utils.prune`` on the layers become permanent, and their zeros go first. Any failure
     leaves the model exactly as it was.
 
     Raises:
-        ValueError: an argument that is unknown, missing or does not go with the others, a layer that cannot be pruned or
-            got no calibration data; the message names the layer.
+        ValueError: an argument that is unknown, missing or does not go with the others, a layer that cannot be pruned
+            or got no calibration data; the message names the layer.
     """
     kind = Pattern.parse(pattern)
     _check(method, kind, scope, calibration, loss, scheme)
+    if not damping > 0 or block_size < 1:
+        raise ValueError(f"damping > 0 and block_size >= 1 are wanted, got {damping!r} and {block_size!r}")
     batches = [] if calibration is None or method == "magnitude" else list(calibration)
     if method != "magnitude" and not batches:
         raise ValueError(f"method {method!r} was given no calibration batches")
@@ -229,18 +231,18 @@ def _unit_scores(job: _Job, cuts: Sequence[structured.Cut]) -> list[Tensor]:
     else:
         score = lambda name, weight: scores.magnitude(weight)  # noqa: E731
     names = {id(layer): name for name, layer in layers.items()}
-    return [structured.unit_scores(cut.structure, lambda m: score(names[id(m)], structured.matrix(m))) for cut in cuts]
+    return [structured.unit_scores(cut.structure, lambda m: score(names[id(m)], matrix(m))) for cut in cuts]
 
 
 def _remove_compensated(job: _Job, cuts: Sequence[structured.Cut]) -> None:
-    """SparseGPT's idea for whole units: what the consumer's output loses at best, and the rest refitted to make good."""
+    """SparseGPT's idea for whole units: those the rest can best make good for go, and the rest is refitted."""
     by_name = {cut.structure.name: cut for cut in cuts}
     consumers = {cut.structure.name: cut.structure.consumer.layer for cut in cuts}
     with evaluating(job.model), job.bar((), len(cuts)) as bar:
         for part in blocks.within(consumers, True, job.hessian_bytes):
             hessians = through_model(job.model, part, job.batches, True).results()
             for name, layer in part.items():
-                cut, weight = by_name[name], structured.matrix(layer)
+                cut, weight = by_name[name], matrix(layer)
                 size = cut.structure.consumer.size
                 errors = structured.removal_errors(weight, hessians[name], size, job.damping)
                 left = structured.kept_units([cut], [errors], "layer")[0]

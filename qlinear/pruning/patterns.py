@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 _GRAMMAR = re.compile(r"(?P<n>\d+):(?P<m>\d+)|block(?P<rows>\d+)(?:x(?P<columns>\d+))?")
 _WHOLE = ("unstructured", "neurons", "heads")
 _GRAMMAR_TEXT = "unstructured, <n>:<m>, block<size>, block<rows>x<columns>, neurons, heads"
@@ -66,6 +69,13 @@ class Pattern:
     def structured(self) -> bool:
         """Whether shapes change instead of weights becoming zero."""
         return self.kind in ("neurons", "heads")
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether no group of ``n:m`` in a weight ``[N, K]`` has more than ``n`` non-zeros; other patterns hold any."""
+        if not self.m:
+            return True
+        padded = torch.nn.functional.pad(weight != 0, (0, -weight.shape[1] % self.m))
+        return int(padded.unflatten(1, (-1, self.m)).sum(2).max()) <= self.n
 
     def sparsity(self, asked: float | None) -> float:
         """The share of zeros to make, once it is known to be possible: ``n:m`` fixes it, and None asks for that.

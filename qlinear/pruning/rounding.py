@@ -1,7 +1,8 @@
 """Rounding to a format's codes inside a SparseGPT sweep (GPTQ's part of it), so that ``convert`` finds those codes.
 
 The sweep leaves weights that are exactly ``(code - zero_point) * scale``; the codes need no other carrier, because
-:func:`qlinear.quantize.quantize` recognizes a weight on a grid of its format and keeps its values (:mod:`qlinear.grid`).
+:func:`qlinear.quantize.quantize` recognizes a weight on a grid of its format and keeps its values
+(:mod:`qlinear.grid`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Rounding:
 
     def __init__(self, scheme: str | Scheme, dtype: torch.dtype) -> None:
         self.format: Format = Scheme.parse(scheme).format
-        if self.format.bits not in (4, 8) or "planar" not in self.format.packing and "8" not in self.format.packing:
+        if getattr(self.format, "number", "int") != "int":
             raise ValueError(f"{scheme} does not store integers: a sweep cannot round to it")
         self._dtype = dtype
         self._scale = self._zero = torch.empty(0)

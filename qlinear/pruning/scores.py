@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlinear.linear import is_conv1d
+from qlinear.linear import float_parameter, is_conv1d
 
 #: The loss of a model on one calibration batch: a scalar tensor to call ``backward`` on.
 Loss = Callable[[Any, Any], Tensor]
@@ -49,13 +49,16 @@ def gradient(
         return hook
 
     with _only_these(model, layers):
-        handles = [m.weight.register_post_accumulate_grad_hook(reader(n, m)) for n, m in layers.items()]  # type: ignore[operator, union-attr]
+        handles = [
+            float_parameter(layer).register_post_accumulate_grad_hook(reader(name, layer))
+            for name, layer in layers.items()
+        ]
         try:
             for batch in batches:
                 value = loss(model, batch)
                 if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value)):
                     raise ValueError(f"the loss of a calibration batch is a finite scalar tensor, got {value!r}")
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
         finally:
             for handle in handles:
                 handle.remove()

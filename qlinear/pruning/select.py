@@ -68,7 +68,8 @@ def block_sums(scores: Tensor, pattern: Pattern) -> Tensor:
     """
     n, k = scores.shape
     padded = torch.nn.functional.pad(scores, (0, -k % pattern.columns, 0, -n % pattern.rows))
-    return padded.unflatten(1, (-1, pattern.columns)).sum(2).unflatten(0, (-1, pattern.rows)).sum(1)
+    sums: Tensor = padded.unflatten(1, (-1, pattern.columns)).sum(2).unflatten(0, (-1, pattern.rows)).sum(1)
+    return sums
 
 
 def spread_blocks(blocks: Tensor, pattern: Pattern, n: int, k: int) -> Tensor:

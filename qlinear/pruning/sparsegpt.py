@@ -31,28 +31,23 @@ def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return hessian, dead
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor U of ``H^-1 = U.T U``.
+def factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factor U of the damped ``H^-1 = U.T U``, damped more where singular; the inputs never seen.
 
     ``U[j, j:] * U[j, j]`` is the first row of the inverse of ``H[j:, j:]``: all the inverses that a sweep takes.
-    """
-    lower = torch.linalg.cholesky(hessian)
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-
-
-def factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """:func:`inverse_factor` of the damped Hessian, damped more where it is singular, and the inputs never seen.
 
     Raises:
         ValueError: it is singular still.
     """
     for attempt in range(_ATTEMPTS):
         ready, dead = damped(hessian, damping * 10**attempt)
-        try:
-            return inverse_factor(ready), dead
-        except torch.linalg.LinAlgError:
-            continue
-    raise ValueError(f"the inputs' X.T X is singular, even damped by {damping * 10 ** (_ATTEMPTS - 1):g} of its diagonal")
+        lower, singular = torch.linalg.cholesky_ex(ready)
+        if not singular:
+            upper, singular = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not singular:
+                return upper, dead
+    largest = damping * 10 ** (_ATTEMPTS - 1)
+    raise ValueError(f"the inputs' X.T X is singular, even damped by {largest:g} of its diagonal")
 
 
 def sweep(

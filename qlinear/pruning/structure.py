@@ -36,7 +36,7 @@ _WIDTHS = ("all_head_size", "split_size")
 
 @dataclass(frozen=True)
 class Slice:
-    """Unit ``u`` owns ``size`` rows (axis 0, of the weight ``[N, K]``) or columns (axis 1) from ``offset + u * size``."""
+    """Unit ``u`` owns ``size`` rows (axis 0 of a weight ``[N, K]``) or columns (axis 1) from ``offset + u * size``."""
 
     layer: nn.Module
     axis: int

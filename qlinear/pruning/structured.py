@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qlinear.conversion import candidates
 from qlinear.linear import is_conv1d
 from qlinear.pruning.select import lowest
-from qlinear.pruning.sparsegpt import factor
+from qlinear.pruning.sparsegpt import damped, factor
 from qlinear.pruning.structure import Slice, Structure, find
 from qlinear.pruning.targets import Target, matrix
 from qlinear.undo import Undo
@@ -33,8 +33,8 @@ def plan(model: nn.Module, layers: Sequence[Target], kind: str, scope: str) -> l
     """What is removed from which structure: the layer that consumes the units says how much.
 
     Raises:
-        ValueError: nothing of the kind, a share that removes none or all, a weight that is tied, or a model whose config
-            could not describe the result.
+        ValueError: nothing of the kind, a share that removes none or all, a weight that is tied, or a model whose
+            config could not describe the result.
     """
     shares = {id(t.module): t for t in layers}
     tied = {id(c.module): c.tied_to for c in candidates(model)}
@@ -45,7 +45,9 @@ def plan(model: nn.Module, layers: Sequence[Target], kind: str, scope: str) -> l
             continue
         for layer in structure.layers:
             if tied.get(id(layer)) is not None:
-                raise ValueError(f"{structure.name!r}: a layer's weight is tied to {tied[id(layer)]}; it keeps its shape")
+                raise ValueError(
+                    f"{structure.name!r}: a layer's weight is tied to {tied[id(layer)]}; it keeps its shape"
+                )
         cuts.append(Cut(structure, _count(structure, target.sparsity), target.sparsity))
     if not cuts:
         what = "MLP with hidden neurons" if kind == "neurons" else "attention with heads"
@@ -86,7 +88,7 @@ def _check_config(cuts: Sequence[Cut], found: Sequence[Structure], kind: str, sc
 
 
 def unit_scores(structure: Structure, score: Callable[[nn.Module], Tensor]) -> Tensor:
-    """``[units]``: the sum of the scores of all weights that go with each unit; ``score`` gives a layer's ``[N, K]``."""
+    """``[units]``: the scores of all weights that go with each unit, summed; ``score`` gives a layer's ``[N, K]``."""
     total = torch.zeros(structure.units)
     for layer in structure.layers:
         scores = score(layer)
@@ -98,7 +100,8 @@ def unit_scores(structure: Structure, score: Callable[[nn.Module], Tensor]) -> T
 
 def _of_units(entries: Tensor, part: Slice, units: int) -> Tensor:
     """``[units, size]``: the rows or columns of each unit."""
-    return entries[part.offset : part.offset + units * part.size].view(units, part.size)
+    own: Tensor = entries[part.offset : part.offset + units * part.size].view(units, part.size)
+    return own
 
 
 def removal_errors(weight: Tensor, hessian: Tensor, size: int, damping: float) -> Tensor:
@@ -111,17 +114,16 @@ def removal_errors(weight: Tensor, hessian: Tensor, size: int, damping: float) -
     units = weight.shape[1] // size
     own = torch.stack([inverse[u * size : (u + 1) * size, u * size : (u + 1) * size] for u in range(units)])
     columns = weight.to(hessian.dtype).masked_fill(dead, 0).unflatten(1, (units, size)).permute(1, 2, 0)
-    return (torch.linalg.solve(own, columns) * columns).sum((1, 2)).clamp_(min=0)
+    errors: Tensor = (torch.linalg.solve(own, columns) * columns).sum((1, 2))
+    return errors.clamp_(min=0)
 
 
 def compensated(weight: Tensor, hessian: Tensor, keep: Tensor, damping: float) -> Tensor:
-    """The kept columns ``[N, len(keep)]`` that make the output change least: least squares on the calibration inputs."""
-    _, dead = factor(hessian, damping)
-    ready = hessian.clone()
-    ready.diagonal()[dead] = 1.0
-    ready.diagonal().add_(damping * ready.diagonal().mean())
+    """The kept columns ``[N, len(keep)]`` that change the output least: least squares on the calibration inputs."""
+    ready, _ = damped(hessian, damping)
     target = weight.to(hessian.dtype) @ ready[:, keep]
-    return torch.linalg.solve(ready[keep][:, keep], target.t()).t()
+    kept: Tensor = torch.linalg.solve(ready[keep][:, keep], target.t()).t()
+    return kept
 
 
 def kept_units(cuts: Sequence[Cut], units: Sequence[Tensor], scope: str) -> list[Tensor]:
