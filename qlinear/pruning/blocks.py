@@ -8,6 +8,7 @@ which costs about three forward passes in all. What is no chain is measured by w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,10 @@ class _NoChainError(Exception):
     """The blocks do not read each other's outputs, in order, once each."""
 
 
+class _LastBlockDone(Exception):
+    """Stops a forward pass that only the blocks of a chain are watched in."""
+
+
 def _first(output: Any) -> Tensor:
     found = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) and output else None
     if not isinstance(found, Tensor):
@@ -133,7 +138,9 @@ def _capture(model: nn.Module, chain: nn.Module, batches: Sequence[Any]) -> _Cap
     try:
         for batch in batches:
             watch.start()
-            call(model, batch)
+            # What comes after the last block is not needed.
+            with suppress(_LastBlockDone):
+                call(model, batch)
             watch.finish()
     except _NoChainError:
         return None
@@ -174,6 +181,8 @@ class _Watch:
         self._last = _first(output)
         if self._wanted is None:
             self._wanted = self._last.clone()
+        if block is self._captured.blocks[-1]:
+            raise _LastBlockDone
 
     def replays(self) -> bool:
         """Whether the first block gives the same output again: it would not if it kept a state of its own."""

@@ -80,8 +80,9 @@ def sweep(
     columns = work.shape[1]
     step = math.lcm(pattern.m or pattern.columns, rounding.group if rounding else 1)
     step *= -(-block_size // step)
-    if rounding is not None:
-        rounding.begin(work)
+    if rounding is not None and rounding.format.group_size is None:
+        # One scale a row: of the weights that pruning alone will leave.
+        rounding.begin(sweep(weight, hessian, pattern, sparsity, block_size=block_size, damping=damping))
     pruned = 0
     for start in range(0, columns, step):
         end = min(start + step, columns)
@@ -124,7 +125,7 @@ class _Block:
         goes = torch.zeros_like(work, dtype=torch.bool) if mask is None else mask
         for j in range(work.shape[1]):
             if rounding is not None and rounding.begins(start + j):
-                self._begin(rounding, goes, mask is None, j)
+                rounding.begin(self._foreseen(mask, slice(j, j + rounding.group)))
             if mask is None and j % pattern.m == 0:
                 group = slice(j, j + pattern.m)
                 goes[:, group] = lowest_per_group(self._scores(group), pattern.n, pattern.m)
@@ -136,10 +137,10 @@ class _Block:
             result[:, j] = new
         return errors, result
 
-    def _begin(self, rounding: Rounding, goes: Tensor, foresee: bool, j: int) -> None:
-        """Chooses the scales of a group of columns from the weights that will be left of it."""
-        group = slice(j, j + rounding.group)
-        leaving = goes[:, group]
-        if foresee:
-            leaving = lowest_per_group(self._scores(group), self._pattern.n, self._pattern.m)
-        rounding.begin(self._work[:, group].masked_fill(leaving, 0))
+    def _foreseen(self, mask: Tensor | None, group: slice) -> Tensor:
+        """The weights of a group of columns once they are pruned: what its scales have to fit.
+
+        Those it has before would do for rounding alone, which moves them little; pruning half of them does not.
+        """
+        parts = (self._work[:, group].clone(), self._upper[group, group], self._dead[group])
+        return _Block(*parts, self._pattern).run(None if mask is None else mask[:, group], None, 0)[1]

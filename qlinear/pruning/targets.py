@@ -54,10 +54,20 @@ def targets(model: nn.Module, sparsity: Share, pattern: Pattern) -> list[Target]
     else:
         rules = [(None, pattern.sparsity(sparsity))]
     chosen = [(c, share) for c, share in choose(model, rules, "prune") if share is not None]
-    found = [Target(c.name, c.module, share) for c, share in chosen]
+    head, exact = _output_embeddings(model), {name for name, _ in rules}
+    # The papers' models keep theirs dense: it is asked for by its exact name, or left alone.
+    found = [Target(c.name, c.module, s) for c, s in chosen if c.module is not head or not exact.isdisjoint(c.names)]
+    if not found:
+        raise ValueError("nothing to prune but the output embeddings, which have to be asked for by their exact name")
     for target in found:
         _check(target)
     return found
+
+
+def _output_embeddings(model: nn.Module) -> object:
+    """The ``lm_head`` of a Hugging Face model, or None."""
+    get = getattr(model, "get_output_embeddings", None)
+    return None if get is None else get()
 
 
 def _check(target: Target) -> None:
