@@ -9,7 +9,7 @@ from models import same_bits
 
 from qlinear.format import FORMATS
 from qlinear.grid import on_grid
-from qlinear.packing import dequantize_codes, pack
+from qlinear.packing import dequantize_codes
 from qlinear.quantize import Codes, quantize
 
 INTEGER = [f for f in FORMATS.values() if getattr(f, "number", "int") == "int"]
@@ -41,7 +41,7 @@ def test_a_rounded_weight_is_read_back(fmt, dtype, reach) -> None:
 def test_a_float_weight_is_not_on_the_grid(fmt, dtype) -> None:
     weight = torch.randn(16, 160, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert on_grid(weight, fmt, fmt.scale_dtype(dtype)) is None
-    rounded = pack(weight, fmt.name, layout="plain").dequantize(dtype)
+    rounded = dequantize_codes(*quantize(weight, fmt), fmt, torch.float32).to(dtype)
     assert on_grid(rounded, fmt, fmt.scale_dtype(dtype)) is not None
     # One group off the grid, the last, and it is a float weight.
     rounded[-1, -32:] = weight[-1, -32:] * 0.4321

@@ -42,7 +42,9 @@ def test_predicted_bytes_are_those_of_the_converted_layers(make) -> None:
 def test_a_sparse_format_is_predicted_where_the_weight_has_its_pattern(fmt) -> None:
     pattern = Pattern.parse(fmt.sparsity)
     layer = nn.Linear(256, 256, bias=False, dtype=torch.bfloat16)
-    assert holds(fmt, layer.weight) == (pattern.kind != "n:m")
+    assert not holds(fmt, layer.weight)
+    with pytest.raises(ValueError, match="pattern"):
+        qlinear.pack(layer.weight, fmt.name)
     qlinear.prune(layer, "magnitude", 0.5, pattern)
     assert holds(fmt, layer.weight) and stored_share(fmt, layer.weight) == 0.5
     assert report(layer).layers[0].predicted[fmt.name] == qlinear.pack(layer.weight, fmt.name, layout="plain").nbytes

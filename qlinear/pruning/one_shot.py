@@ -147,6 +147,8 @@ def _check(
         raise ValueError(f"loss=callable(model, batch) belongs to method 'gradient', got {loss!r} with {method!r}")
     if scheme is not None and (method != "sparsegpt" or pattern.structured):
         raise ValueError(f"scheme rounds within a sweep of 'sparsegpt', not with {method!r} and pattern {pattern}")
+    if scheme is not None:
+        Rounding(scheme, torch.float32)  # refuses what is no integer scheme
 
 
 @torch.no_grad()

@@ -22,11 +22,9 @@ _REACHED = 0.9
 
 
 def holds(fmt: Format, weight: Tensor) -> bool:
-    """Whether a format can store ``weight`` ``[N, K]`` without losing a non-zero to its pattern."""
+    """Whether a weight ``[N, K]`` has a format's pattern, as ``convert`` asks: no non-zero lost, something left out."""
     pattern = _pattern(fmt)
-    if pattern is None or pattern.kind != "n:m":
-        return True  # Blocks and single weights that are not zero are all stored, however many.
-    return pattern.holds(weight)
+    return pattern is None or (pattern.holds(weight) and stored_share(fmt, weight) < 1)
 
 
 def stored_share(fmt: Format, weight: Tensor) -> float:
