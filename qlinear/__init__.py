@@ -6,6 +6,7 @@ from qlinear.format import FORMATS, Format, Scheme
 from qlinear.inspection import Inspection, inspect
 from qlinear.linear import QLinear
 from qlinear.packing import PackedWeight, pack
+from qlinear.pruning import prune
 from qlinear.tuning import Tuning, tune
 from qlinear.validation import Validation, validate
 
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "pack",
     "prepare",
+    "prune",
     "save",
     "tune",
     "unprepare",

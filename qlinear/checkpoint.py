@@ -55,16 +55,13 @@ def save(
         ValueError: the model has no quantized layer, or a parameter has no data (``meta``).
         FileExistsError: the folder exists and is not empty.
     """
-    target = Path(folder)
-    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty; pass overwrite=True to replace it")
+    target = _free(folder, overwrite)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QLinear)}
     if not layers:
         raise ValueError("the model has no quantized layer: convert it first, or use the model's own save method")
     tensors, tied = _tensors(model)
     config = _config(model, layers, tied)
     tensors = to_disk(tensors, layers)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with _beside(target) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -72,6 +69,28 @@ def save(
         generation = getattr(model, "generation_config", None)
         if generation is not None and not (temporary / "generation_config.json").exists():
             generation.save_pretrained(temporary)
+    return target
+
+
+def save_float(
+    model: Any, folder: str | Path, *, companions: str | Path | None = None, overwrite: bool = False
+) -> Path:
+    """Writes a Hugging Face model in float (pruned, say) with its own ``save_pretrained``, as :func:`save` does.
+
+    Args:
+        model: has ``save_pretrained``; ``from_pretrained`` reads the result.
+        folder, companions, overwrite: as in :func:`save`.
+
+    Raises:
+        TypeError: the model has no ``save_pretrained``.
+        FileExistsError: the folder exists and is not empty.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"{type(model).__name__} has no save_pretrained: save its state_dict")
+    target = _free(folder, overwrite)
+    with _beside(target) as temporary:
+        model.save_pretrained(temporary)
+        _copy_companions(_source_folder(model) if companions is None else Path(companions), temporary)
     return target
 
 
@@ -209,6 +228,14 @@ def _swap(model: nn.Module, quantization: dict[str, Any]) -> None:
             made[id(old)].from_conv1d = is_conv1d(old)
         for alias in layers[name].names:
             model.set_submodule(alias, made[id(old)])
+
+
+def _free(folder: str | Path, overwrite: bool) -> Path:
+    target = Path(folder)
+    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty; pass overwrite=True to replace it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _source_folder(model: nn.Module) -> Path | None:

@@ -12,13 +12,18 @@ import click
 import torch
 
 import qlinear
-from qlinear.tables import write_json
+from qlinear.pruning import METHODS, SCOPES
+from qlinear.tables import by_pattern, write_json
 from qlinear.tuning import check_device
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _JSON = click.option("--json", "json_path", type=_FILE, help="Also write the result here.")
 _SCHEME_HELP = (
     "A scheme for every linear layer, or PATTERN=SCHEME (repeatable, first match wins; SCHEME 'none' leaves a layer)."
+)
+_SHARE_HELP = (
+    "The share of weights, neurons or heads to remove, or PATTERN=SHARE (repeatable, first match wins; 'none' leaves a "
+    "layer); n:m patterns need none."
 )
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -73,6 +78,36 @@ def convert(
         folder = source if os.path.isdir(source) else companions
         qlinear.save(model, target, companions=folder, overwrite=overwrite)
     report = qlinear.inspect(model)
+    click.echo(report)
+    click.echo(f"wrote {target}")
+    _maybe_json(json_path, {"source": source, "folder": str(target), **report.to_dict()})
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--method", type=click.Choice(METHODS), default="sparsegpt", show_default=True)
+@click.option("--sparsity", "shares", multiple=True, metavar="SHARE", help=_SHARE_HELP)
+@click.option("--pattern", default="2:4", show_default=True, help="unstructured, n:m, block<size>, neurons or heads.")
+@click.option("--scope", type=click.Choice(SCOPES), default="layer", show_default=True, help="What is ranked together.")
+@click.option("--scheme", help="sparsegpt: also round to this scheme in the same sweep; convert finds the same codes.")
+@click.option("--text", type=_FILE, help="Calibration text (Wikipedia by default: 28 MB, fetched once).")
+@click.option("--samples", default=128, show_default=True, help="Windows of calibration text.")
+@click.option("--length", default=512, show_default=True, help="Tokens in a window.")
+@click.option("--no-download", is_flag=True, help="Never fetch the default calibration text.")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="Load the model in this dtype (its own by default).")
+@click.option("--device", default="cpu", show_default=True, help="Where to prune, for example cuda.")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
+@_JSON
+def prune(source: str, target: Path, json_path: Path | None, **options: Any) -> None:
+    """Prunes the language model SRC and writes it, in float, to the Hugging Face folder DST.
+
+    Then `qlinear convert DST OUT --scheme ...` quantizes it. The table printed predicts what each scheme would make
+    of it.
+    """
+    from qlinear.demo.prune import prune_folder
+
+    report = prune_folder(source, target, **options)
     click.echo(report)
     click.echo(f"wrote {target}")
     _maybe_json(json_path, {"source": source, "folder": str(target), **report.to_dict()})
@@ -241,11 +276,7 @@ def _what(schemes: tuple[str, ...]) -> str | dict[str, str | None]:
     """``("w4a16",)`` or ``("lm_head=none", "*=w8a16")`` as convert takes it."""
     if len(schemes) == 1 and "=" not in schemes[0]:
         return schemes[0]
-    rules: dict[str, str | None] = {}
-    for rule in schemes:
-        pattern, _, scheme = rule.rpartition("=")
-        rules[pattern or "*"] = None if scheme.lower() == "none" else scheme
-    return rules
+    return by_pattern(schemes)
 
 
 def _bounds(bounds: tuple[str, ...]) -> dict[str, float]:

@@ -24,10 +24,29 @@ def is_conv1d(module: nn.Module) -> bool:
     return library is not None and isinstance(module, library.Conv1D)
 
 
+def float_parameter(module: nn.Module, name: str = "weight") -> Tensor:
+    """The parameter behind a linear layer's weight: ``weight_orig`` where ``torch.nn.utils.prune`` put a mask on it."""
+    parameter = module._parameters.get(f"{name}_orig", getattr(module, name))
+    assert isinstance(parameter, Tensor)
+    return parameter
+
+
+def float_tensor(module: nn.Module, name: str = "weight") -> Tensor | None:
+    """A linear layer's weight or bias as it is; with a mask of ``torch.nn.utils.prune`` applied as it is now.
+
+    Such a layer's own ``weight`` is the product as of its last forward, before the optimizer's step.
+    """
+    mask = module._buffers.get(f"{name}_mask")
+    if mask is None or f"{name}_orig" not in module._parameters:
+        tensor = getattr(module, name)
+        assert tensor is None or isinstance(tensor, Tensor)
+        return tensor
+    return float_parameter(module, name).detach() * mask
+
+
 def float_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of an ``nn.Linear`` or ``Conv1D``."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = float_parameter(module)
     n, k = reversed(weight.shape) if is_conv1d(module) else weight.shape
     return n, k
 
@@ -97,7 +116,9 @@ class QLinear(nn.Module):
         conv1d = is_conv1d(linear)
         if not (conv1d or isinstance(linear, nn.Linear)):
             raise TypeError(f"QLinear is made from nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
-        weight: Tensor = linear.weight.detach()  # type: ignore[operator]  # a Parameter, typed as Tensor | Module
+        weight, bias = float_tensor(linear), float_tensor(linear, "bias")
+        assert weight is not None
+        weight = weight.detach()
         if weight.is_meta:
             raise ValueError("the weight is on the meta device: it has no data to quantize; load the model first")
         if conv1d:
@@ -107,7 +128,7 @@ class QLinear(nn.Module):
         source = weight if compute_dtype is None else weight.to(compute_dtype)
         self._set(pack_codes(quantize(source, self.format), self.format))
         self.from_conv1d = conv1d
-        self.bias = linear.bias  # type: ignore[assignment]
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         self.prepare()
         return self.train(linear.training)
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from qlinear.format import Format
+from qlinear.grid import on_grid, smallest, store
 
 # Clipping ratios, as shares of absmax. A negative one turns the scale's sign where that puts the group's largest weight
 # on the longer end. The positive ones are the usual conventions: absmax / 7, / 7.5 and / 8 for int4.
@@ -74,7 +75,8 @@ def quantize(weight: Tensor, fmt: Format, search: bool = True) -> Codes:
     """Rounds ``weight`` ``[N, K]`` to the codes of ``fmt``; scales come in ``fmt.scale_dtype(weight.dtype)``.
 
     ``search=False`` is plain absmax (min-max where asymmetric) rounding. With ``search`` the scale of each group is
-    the best of a list of clipping ratios; no group's squared error gets larger. Same bits on every call; works on the
+    the best of a list of clipping ratios; no group's squared error gets larger. A weight that lies on a grid of the
+    format already keeps its values exactly (:mod:`qlinear.grid`). Same bits on every call; works on the
     weight's device, in float32, a bounded tile at a time.
 
     Raises:
@@ -82,6 +84,9 @@ def quantize(weight: Tensor, fmt: Format, search: bool = True) -> Codes:
             the dtype of its scales (only where float32 or float64 weights get float16 scales).
     """
     dtype = _check(weight, fmt)
+    found = on_grid(weight.detach(), fmt, dtype) if search else None
+    if found is not None:
+        return Codes(*found)
     n, k = weight.shape
     groups = fmt.groups(k)
     codes = torch.empty((n, k), dtype=torch.uint8, device=weight.device)
@@ -117,7 +122,7 @@ def _check(weight: Tensor, fmt: Format) -> torch.dtype:
     if not largest < float("inf"):
         raise ValueError("the weight holds NaN or infinity; it cannot be quantized")
     unit = largest / fmt.largest if fmt.symmetric else (max(high, 0.0) - min(low, 0.0)) / fmt.max_code
-    if unit > torch.finfo(dtype).max or 0 < unit < _smallest(dtype):
+    if unit > torch.finfo(dtype).max or 0 < unit < smallest(dtype):
         raise ValueError(
             f"the weight's largest magnitude is {largest:.3g}: its scale {unit:.3g} is out of the range of "
             f"{dtype}, which {fmt} stores it in; rescale the weight or convert the model to torch.bfloat16 first"
@@ -129,18 +134,6 @@ def _tiles(n: int, row: int, on_gpu: bool) -> Iterator[slice]:
     """Slices of rows that together hold at most a tile of weights."""
     step = max(1, (_GPU_TILE if on_gpu else _CPU_TILE) // row)
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
-
-
-def _smallest(dtype: torch.dtype) -> float:
-    """The smallest scale stored: float16 needs its subnormals (codes are rounded after it)."""
-    info = torch.finfo(dtype)
-    return info.tiny * info.eps if dtype == torch.float16 else info.tiny
-
-
-def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as it will be read back, in float32: rounded to its dtype, finite, not zero."""
-    size = scale.abs().clamp_(_smallest(dtype), torch.finfo(dtype).max)
-    return size.copysign_(scale).to(dtype).float()
 
 
 def _quantize_rows(weight: Tensor, fmt: Format, search: bool, rows: slice, out: Codes) -> None:
@@ -176,10 +169,10 @@ def _grid(x: Tensor, peak: Tensor, fmt: Format, dtype: torch.dtype, ratios: tupl
     if fmt.symmetric:
         # Codes reach from -offset to offset - 1: a turned scale has the largest weight at the longer end.
         steps = torch.where((steps < 0) & (high < -low), -steps, steps)
-        scale = _store(peak * steps / fmt.largest, dtype)
+        scale = store(peak * steps / fmt.largest, dtype)
         least = -fmt.offset if fmt.number == "int" else -fmt.largest
         return _Grid(scale, scale.new_full((1, 1, 1), least), scale.new_full((1, 1, 1), fmt.largest))
-    scale = _store((high - low) / fmt.max_code * peak * steps, dtype)
+    scale = store((high - low) / fmt.max_code * peak * steps, dtype)
     # Absmax puts the lower end on code 0; a clipped range keeps its middle.
     zero = fmt.max_code / 2 - (low + high) / 2 * (peak / scale)
     zero[0] = -low * (peak / scale[0])

@@ -12,7 +12,8 @@ PACKAGE, KERNELS = ROOT / "qlinear", ROOT / "kernels"
 #: Floors from the ground up. A module imports only from floors below its own (kernels among themselves: see below).
 FLOORS = [
     ["format"],
-    ["bits", "quantize"],
+    ["bits", "grid"],
+    ["quantize"],
     ["cpu_layout"],
     ["layout"],
     ["packing"],
@@ -23,6 +24,7 @@ FLOORS = [
     ["undo"],
     ["conversion", "compressed"],
     ["inspection", "validation", "checkpoint", "tuning"],
+    ["pruning"],
     ["__init__"],
     ["doctor"],
     ["demo"],
@@ -33,7 +35,9 @@ FLOORS = [
 SHARED = {"cache", "tables"}
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
-SOURCES = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("demo/**/*.py"), *KERNELS.glob("*.py")])
+SOURCES = sorted(
+    [*PACKAGE.glob("*.py"), *PACKAGE.glob("demo/**/*.py"), *PACKAGE.glob("pruning/**/*.py"), *KERNELS.glob("*.py")]
+)
 BENCH = sorted((ROOT / "bench").glob("**/*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 
@@ -82,7 +86,7 @@ def test_imports_go_down_only(path):
     assert name in LEVEL or name in SHARED, f"{name} has no floor yet: give it one in FLOORS"
     level = LEVEL.get(name, -1)
     for imported in ours(path) - SHARED:
-        same_folder = imported == name in ("kernels", "demo")
+        same_folder = imported == name in ("kernels", "demo", "pruning")
         assert same_folder or LEVEL[imported] < level, (
             f"{relative(path)} imports qlinear.{imported}, which is not below it"
         )
