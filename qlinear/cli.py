@@ -12,20 +12,14 @@ import click
 import torch
 
 import qlinear
-from qlinear.pruning import METHODS, SCOPES
-from qlinear.tables import by_pattern, write_json
+from qlinear.cli_options import DTYPES, JSON, maybe_json
+from qlinear.cli_prune import prune
+from qlinear.tables import by_pattern
 from qlinear.tuning import check_device
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-_JSON = click.option("--json", "json_path", type=_FILE, help="Also write the result here.")
 _SCHEME_HELP = (
     "A scheme for every linear layer, or PATTERN=SCHEME (repeatable, first match wins; SCHEME 'none' leaves a layer)."
 )
-_SHARE_HELP = (
-    "The share of weights, neurons or heads to remove, or PATTERN=SHARE (repeatable, first match wins; 'none' leaves a "
-    "layer); n:m patterns need none."
-)
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,7 +35,7 @@ def cli() -> None:
 @click.option("--model", metavar="PATH_OR_HUB_ID", help="Another model than the built-in SmolLM2-135M-Instruct.")
 @click.option("--no-download", is_flag=True, help="Never fetch the built-in model (93 MB, once).")
 @click.option("--seed", default=0, show_default=True, help="Of the off-grid twin that quality is measured on.")
-@_JSON
+@JSON
 def demo(model: str | None, no_download: bool, seed: int, json_path: Path | None) -> None:
     """Takes a real language model through the schemes: size, quality, speed, and text written with each."""
     from qlinear.demo.run import run_demo
@@ -53,10 +47,10 @@ def demo(model: str | None, no_download: bool, seed: int, json_path: Path | None
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--scheme", "schemes", multiple=True, required=True, help=_SCHEME_HELP)
-@click.option("--dtype", type=click.Choice(_DTYPES), help="Load the float model in this dtype (its own by default).")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Load the float model in this dtype (its own by default).")
 @click.option("--device", default="cpu", show_default=True, help="Where to quantize, for example cuda.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
-@_JSON
+@JSON
 def convert(
     source: str,
     target: Path,
@@ -80,47 +74,17 @@ def convert(
     report = qlinear.inspect(model)
     click.echo(report)
     click.echo(f"wrote {target}")
-    _maybe_json(json_path, {"source": source, "folder": str(target), **report.to_dict()})
-
-
-@cli.command()
-@click.argument("source", metavar="SRC")
-@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--method", type=click.Choice(METHODS), default="sparsegpt", show_default=True)
-@click.option("--sparsity", "shares", multiple=True, metavar="SHARE", help=_SHARE_HELP)
-@click.option("--pattern", default="2:4", show_default=True, help="unstructured, n:m, block<size>, neurons or heads.")
-@click.option("--scope", type=click.Choice(SCOPES), default="layer", show_default=True, help="What is ranked together.")
-@click.option("--scheme", help="sparsegpt: also round to this scheme in the same sweep; convert finds the same codes.")
-@click.option("--text", type=_FILE, help="Calibration text (Wikipedia by default: 28 MB, fetched once).")
-@click.option("--samples", default=128, show_default=True, help="Windows of calibration text.")
-@click.option("--length", default=512, show_default=True, help="Tokens in a window.")
-@click.option("--no-download", is_flag=True, help="Never fetch the default calibration text.")
-@click.option("--dtype", type=click.Choice(_DTYPES), help="Load the model in this dtype (its own by default).")
-@click.option("--device", default="cpu", show_default=True, help="Where to prune, for example cuda.")
-@click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
-@_JSON
-def prune(source: str, target: Path, json_path: Path | None, **options: Any) -> None:
-    """Prunes the language model SRC and writes it, in float, to the Hugging Face folder DST.
-
-    Then `qlinear convert DST OUT --scheme ...` quantizes it. The table printed predicts what each scheme would make
-    of it.
-    """
-    from qlinear.demo.prune import prune_folder
-
-    report = prune_folder(source, target, **options)
-    click.echo(report)
-    click.echo(f"wrote {target}")
-    _maybe_json(json_path, {"source": source, "folder": str(target), **report.to_dict()})
+    maybe_json(json_path, {"source": source, "folder": str(target), **report.to_dict()})
 
 
 @cli.command()
 @click.argument("model")
-@_JSON
+@JSON
 def inspect(model: str, json_path: Path | None) -> None:
     """Lists every parameter of MODEL: scheme, bytes before and after, or why it is in float."""
     report = qlinear.inspect(_load(model)[0])
     click.echo(report)
-    _maybe_json(json_path, {"model": model, **report.to_dict()})
+    maybe_json(json_path, {"model": model, **report.to_dict()})
 
 
 @cli.command()
@@ -136,8 +100,8 @@ def inspect(model: str, json_path: Path | None) -> None:
 @click.option(
     "--bound", "bounds", multiple=True, metavar="METRIC=VALUE", help="A gate, for example kl=0.1 or top1_agreement=0.9."
 )
-@click.option("--dtype", type=click.Choice(_DTYPES), help="Load float models in this dtype (their own by default).")
-@_JSON
+@click.option("--dtype", type=click.Choice(DTYPES), help="Load float models in this dtype (their own by default).")
+@JSON
 def validate(
     model: str,
     reference: str | None,
@@ -173,7 +137,7 @@ def validate(
     click.echo(report)
     for failure in failures:
         click.echo(f"FAILED {failure}")
-    _maybe_json(json_path, {"model": model, "passed": not failures, "failures": failures, **report.to_dict()})
+    maybe_json(json_path, {"model": model, "passed": not failures, "failures": failures, **report.to_dict()})
     if failures:
         sys.exit(1)
 
@@ -183,7 +147,7 @@ def validate(
 @click.option("--layer", "layers", multiple=True, metavar="NxK", help="out_features x in_features; may be repeated.")
 @click.option("--scheme", "schemes", multiple=True, help="For --layer and a float MODEL (default: w4a16); repeatable.")
 @click.option("--tokens", default="1,16,64,128,256", show_default=True, help="Separated by commas; 256: many.")
-@click.option("--dtype", type=click.Choice(_DTYPES), default="bfloat16", show_default=True, help="Of activations.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of activations.")
 @click.option("--time-limit", default=300.0, show_default=True, type=click.FloatRange(0), help="In seconds.")
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--again", is_flag=True, help="Also measure what is known already.")
@@ -191,7 +155,7 @@ def validate(
 @click.option(
     "--install", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Keep this table instead."
 )
-@_JSON
+@JSON
 def tune(
     model: str | None,
     layers: tuple[str, ...],
@@ -232,20 +196,23 @@ def tune(
         device=device,
     )
     click.echo(report)
-    _maybe_json(json_path, report.to_dict())
+    maybe_json(json_path, report.to_dict())
 
 
 @cli.command()
-@_JSON
+@JSON
 def doctor(json_path: Path | None) -> None:
     """Versions, devices, and the path each scheme takes here and why. Exit code 1 if one computes wrongly."""
     from qlinear.doctor import diagnose
 
     diagnosis = diagnose()
     click.echo(diagnosis)
-    _maybe_json(json_path, diagnosis.to_dict())
+    maybe_json(json_path, diagnosis.to_dict())
     if not diagnosis.ok:
         sys.exit(1)
+
+
+cli.add_command(prune)
 
 
 def _load(model: str, dtype: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
@@ -284,11 +251,6 @@ def _bounds(bounds: tuple[str, ...]) -> dict[str, float]:
         return {name: float(value) for name, value in (bound.split("=") for bound in bounds)}
     except ValueError as error:
         raise ValueError(f"a bound is METRIC=NUMBER, for example kl=0.1; got {', '.join(bounds)}") from error
-
-
-def _maybe_json(path: Path | None, data: dict[str, Any]) -> None:
-    if path is not None:
-        write_json(path, data)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.machines import MACHINES, STREAMED
 from models import tiny_gpt2, tiny_llama
 from test_cli import run
 from torch import nn
 
 import qlinear
-from bench.machines import MACHINES, STREAMED
 from qlinear.format import FORMATS
 from qlinear.pruning import Pattern, report
 from qlinear.pruning.report import BANDWIDTH, holds, stored_share

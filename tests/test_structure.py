@@ -11,7 +11,7 @@ PACKAGE, KERNELS = ROOT / "qlinear", ROOT / "kernels"
 
 #: Floors from the ground up. A module imports only from floors below its own (kernels among themselves: see below).
 FLOORS = [
-    ["format"],
+    ["float_layers", "format"],
     ["bits", "grid"],
     ["quantize"],
     ["cpu_layout"],
@@ -28,6 +28,8 @@ FLOORS = [
     ["__init__"],
     ["doctor"],
     ["demo"],
+    ["cli_options"],
+    ["cli_prune"],
     ["cli"],
     ["__main__"],
 ]

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlinear.conversion import candidates
+from qlinear.float_layers import float_tensor, is_conv1d
 from qlinear.format import FORMATS, Format
-from qlinear.linear import float_tensor, is_conv1d
 from qlinear.pruning.patterns import Pattern
 from qlinear.pruning.select import block_sums
 from qlinear.tables import human_bytes, table
