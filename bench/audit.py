@@ -24,7 +24,7 @@ from bench.problems import Problem
 from bench.workers import WORKERS
 from qlinear.format import BLOCK_K, FORMATS, Format
 from qlinear.kernels.configs import Config, choose_config, token_bytes
-from qlinear.kernels.machines import MACHINES, arch_name
+from qlinear.machines import MACHINES, arch_name
 
 CAPABILITIES = {machine.arch: machine.capability for machine in MACHINES.values()}
 

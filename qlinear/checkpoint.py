@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from qlinear.compressed import from_disk, quantization_config, to_disk
 from qlinear.conversion import candidates, prepare
-from qlinear.linear import QLinear, float_shape, is_conv1d
+from qlinear.float_layers import float_shape, is_conv1d
+from qlinear.linear import QLinear
 
 #: Of ``quantization_config``; a loader refuses a newer one.
 FORMAT_VERSION = 1

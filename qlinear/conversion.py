@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from tqdm import tqdm
 
+from qlinear.float_layers import float_parameter, is_conv1d
 from qlinear.format import Scheme
-from qlinear.linear import QLinear, float_parameter, is_conv1d
+from qlinear.linear import QLinear
 from qlinear.undo import Undo
 
 #: A scheme for every linear layer, or an ordered mapping of name patterns to schemes (None leaves a layer in float).

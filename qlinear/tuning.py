@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from qlinear.float_layers import float_shape, is_conv1d
 from qlinear.format import Scheme
 from qlinear.layout import native_layout
-from qlinear.linear import QLinear, float_shape, is_conv1d
+from qlinear.linear import QLinear
 from qlinear.tables import table as text_table
 
 if TYPE_CHECKING:

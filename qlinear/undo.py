@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlinear.linear import float_parameter
+from qlinear.float_layers import float_parameter
 
 
 class _Kept:

@@ -219,6 +219,7 @@ def test_a_failure_leaves_the_model_as_it_was(method: str, monkeypatch: pytest.M
         ({"scheme": "w4a16"}, "sweep"),
         ({"method": "sparsegpt", "calibration": [1], "damping": 0}, "damping"),
         ({"method": "sparsegpt", "calibration": [1], "scheme": "w3a16"}, "schemes are"),
+        ({"method": "sparsegpt", "calibration": [1], "scheme": "fp8"}, "does not store integers"),
         ({"pattern": "neurons", "sparsity": 0.001}, "can be removed"),
         ({"pattern": "neurons", "sparsity": {"*.0.*": 0.25, "*": None}}, "one number of neurons"),
         ({"pattern": "heads", "sparsity": 0.5, "scope": "global"}, "one number of heads"),

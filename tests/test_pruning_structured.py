@@ -10,7 +10,7 @@ from models import TINY_MODELS, logits, tiny_llama
 from torch import Tensor, nn
 
 import qlinear
-from qlinear.linear import float_shape, is_conv1d
+from qlinear.float_layers import float_shape, is_conv1d
 from qlinear.pruning import structured
 from qlinear.pruning.structure import Structure, find
 from qlinear.pruning.targets import matrix

@@ -11,7 +11,7 @@ PACKAGE, KERNELS = ROOT / "qlinear", ROOT / "kernels"
 
 #: Floors from the ground up. A module imports only from floors below its own (kernels among themselves: see below).
 FLOORS = [
-    ["format"],
+    ["float_layers", "format"],
     ["bits", "grid"],
     ["quantize"],
     ["cpu_layout"],
@@ -32,7 +32,7 @@ FLOORS = [
     ["__main__"],
 ]
 #: May be imported by any floor, imports none of ours.
-SHARED = {"cache", "tables"}
+SHARED = {"cache", "machines", "tables"}
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 SOURCES = sorted(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlinear.linear import float_shape
+from qlinear.float_layers import float_shape
 from qlinear.pruning.calibration import Collector, through_model
 from qlinear.validation import call
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qlinear.conversion import no_bar
+from qlinear.float_layers import float_parameter
 from qlinear.format import Scheme
-from qlinear.linear import float_parameter
 from qlinear.pruning import blocks, scores, select, structured
 from qlinear.pruning.calibration import evaluating, through_model
 from qlinear.pruning.patterns import Pattern

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlinear.linear import float_parameter, is_conv1d
+from qlinear.float_layers import float_parameter, is_conv1d
 
 #: The loss of a model on one calibration batch: a scalar tensor to call ``backward`` on.
 Loss = Callable[[Any, Any], Tensor]

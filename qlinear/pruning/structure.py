@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from qlinear.linear import float_shape, is_conv1d
+from qlinear.float_layers import float_shape, is_conv1d
 
 _MLPS = (
     (("gate_proj", "up_proj"), "down_proj"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlinear.conversion import candidates
-from qlinear.linear import is_conv1d
+from qlinear.float_layers import is_conv1d
 from qlinear.pruning.select import lowest
 from qlinear.pruning.sparsegpt import damped, factor
 from qlinear.pruning.structure import Slice, Structure, find

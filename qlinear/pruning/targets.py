@@ -11,7 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.prune import remove as make_permanent
 
 from qlinear.conversion import candidates, choose
-from qlinear.linear import float_parameter, is_conv1d
+from qlinear.float_layers import float_parameter, is_conv1d
 from qlinear.pruning.patterns import Pattern
 from qlinear.undo import Undo
 
