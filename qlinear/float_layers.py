@@ -1,4 +1,4 @@
-"""Linear layers in float: ``nn.Linear`` and Hugging Face's ``Conv1D``, with masks of ``torch.nn.utils.prune`` or not."""
+"""Linear layers in float: ``nn.Linear``, Hugging Face's ``Conv1D``, and masks of ``torch.nn.utils.prune``."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.machines import MACHINES, STREAMED
 from models import tiny_gpt2, tiny_llama
 from test_cli import run
 from torch import nn
@@ -15,7 +14,7 @@ from torch import nn
 import qlinear
 from qlinear.format import FORMATS
 from qlinear.pruning import Pattern, report
-from qlinear.pruning.report import BANDWIDTH, holds, stored_share
+from qlinear.pruning.report import holds, stored_share
 from qlinear.pruning.targets import matrix
 
 Captured = pytest.CaptureFixture[str]
@@ -65,11 +64,6 @@ def test_totals_times_and_text() -> None:
         report(model, "TPU")
     with pytest.raises(ValueError, match="no linear layer"):
         report(nn.Sequential(nn.ReLU()))
-
-
-def test_bandwidths_are_those_the_benchmarks_predict_with() -> None:
-    assert {name: machine.memory_bytes_per_s for name, machine in MACHINES.items()} == BANDWIDTH
-    assert STREAMED == 0.9
 
 
 @pytest.fixture

@@ -16,10 +16,6 @@ from qlinear.pruning.patterns import Pattern
 from qlinear.pruning.select import block_sums
 from qlinear.tables import human_bytes, table
 
-#: Bytes per second of GPU memory, by their makers' data sheets; a kernel that streams a weight reaches about 90 %.
-BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.039e12, "L40S": 0.864e12, "RTX 4090": 1.008e12, "B200": 8.0e12}
-_REACHED = 0.9
-
 
 def holds(fmt: Format, weight: Tensor) -> bool:
     """Whether a weight ``[N, K]`` has a format's pattern, as ``convert`` asks: no non-zero lost, something left out."""
@@ -83,6 +79,8 @@ class SparsityReport:
 
     layers: list[LayerSparsity]
     machine: str
+    #: What a kernel that only reads reaches of the machine's memory bandwidth.
+    bytes_per_s: float
 
     @property
     def sparsity(self) -> float:
@@ -98,7 +96,7 @@ class SparsityReport:
 
     def microseconds(self, size: float) -> float:
         """The predicted time to read so many bytes once on the machine."""
-        return size / (BANDWIDTH[self.machine] * _REACHED) * 1e6
+        return size / self.bytes_per_s * 1e6
 
     def to_dict(self) -> dict[str, Any]:
         """``{"machine", "sparsity", "predicted_bytes", "predicted_microseconds", "layers": [one dict a layer]}``."""
@@ -129,7 +127,7 @@ class SparsityReport:
         for name, size in totals:
             summary.append((name, human_bytes(size), f"{self.microseconds(size):.1f}", f"{now / size:.2f}"))
         lines.append(table(("scheme", "bytes", f"us on {self.machine}", "times smaller"), summary, right=(1, 2, 3)))
-        lines.append(f"predictions: bytes over {_REACHED:.0%} of the data sheet's bandwidth; nothing was measured")
+        lines.append(f"predictions: bytes over {self.bytes_per_s / 1e12:.2f} TB/s; nothing was measured")
         return "\n".join(lines)
 
     @staticmethod
@@ -144,18 +142,21 @@ def report(model: nn.Module, machine: str = "H200", formats: Mapping[str, Format
 
     Args:
         model: a float model; layers that are converted already are not listed.
-        machine: the GPU whose memory bandwidth turns bytes into a time: one of ``BANDWIDTH``.
+        machine: the GPU whose memory bandwidth turns bytes into a time: a name in
+            ``qlinear.kernels.machines.MACHINES``, such as ``"H200"``.
         formats: the formats to predict; all that exist.
 
     Raises:
         ValueError: an unknown machine, or no linear layer in float.
     """
-    if machine not in BANDWIDTH:
-        raise ValueError(f"machine {machine!r} is not known; the machines are: {', '.join(BANDWIDTH)}")
+    from qlinear.kernels.machines import MACHINES
+
+    if machine not in MACHINES:
+        raise ValueError(f"machine {machine!r} is not known; the machines are: {', '.join(MACHINES)}")
     layers = [_layer(c.name, c.module, formats) for c in candidates(model) if c.tied_to is None]
     if not layers:
         raise ValueError("the model has no linear layer in float")
-    return SparsityReport(layers, machine)
+    return SparsityReport(layers, machine, MACHINES[machine].stream_bytes_per_s)
 
 
 def _layer(name: str, module: nn.Module, formats: Mapping[str, Format]) -> LayerSparsity:
