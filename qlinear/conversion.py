@@ -41,7 +41,12 @@ class Candidate:
 
 
 def convert(
-    model: nn.Module, what: What, *, compute_dtype: torch.dtype | None = None, progress: bool | None = None
+    model: nn.Module,
+    what: What,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+    prune: str | None = None,
 ) -> nn.Module:
     """Swaps ``nn.Linear`` and Hugging Face ``Conv1D`` for :class:`~qlinear.QLinear`, in place; returns the root.
 
@@ -54,13 +59,16 @@ def convert(
         compute_dtype: compute in this dtype, whatever the input's: ``torch.bfloat16`` makes a float32 model fast on
             a CPU.
         progress: a progress bar on standard error; None shows it where the work is long.
+        prune: how a weight is brought into the pattern of a sparse scheme, for example ``"magnitude"``; None where the
+            model is pruned already.
 
     A module used twice is converted once. Peak extra memory is one layer: what is replaced is kept in a temporary
     file until the end. Any failure leaves the model exactly as it was.
 
     Raises:
-        ValueError: unknown scheme, a pattern that matches no linear layer, nothing to convert, or a layer that was
-            asked for and cannot be converted; the message names the layer.
+        ValueError: unknown scheme, a pattern that matches no linear layer, nothing to convert, a layer that was
+            asked for and cannot be converted, or a weight that does not have the pattern of its sparse scheme; the
+            message names the layer.
     """
     rules = _rules(what)
     chosen = [(c, scheme) for c, scheme in _choose(model, rules) if scheme is not None]
@@ -69,7 +77,7 @@ def convert(
     with Undo(model) as undo:
         for candidate, scheme in tqdm(chosen, desc="quantizing", unit="layer", disable=quiet):
             try:
-                new = QLinear.from_float(candidate.module, scheme, compute_dtype)
+                new = QLinear.from_float(candidate.module, scheme, compute_dtype, prune)
             except (ValueError, TypeError, RuntimeError) as error:
                 raise type(error)(f"layer {candidate.name!r} ({scheme}): {error}") from error
             _keep_hooks(candidate.module, new)

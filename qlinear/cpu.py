@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qlinear import cpu_sparse
 from qlinear.bits import unpack_bits
 from qlinear.cpu_layout import from_plain, int4_tiles, row_order, zero_points
 from qlinear.format import Format
 from qlinear.layout import layout_of
-from qlinear.packing import expand_groups, scaled, signed
+from qlinear.packing import PackedWeight, expand_groups, scaled, signed
 
 _int4_mm: Callable[..., Tensor] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _int8_mm: Callable[..., Tensor] = torch.ops.aten._weight_int8pack_mm.default
@@ -39,6 +40,8 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", colu
 
     ``columns`` is the layer's in_features; only w8a8 asks for it.
     """
+    if fmt.sparsity:
+        return cpu_sparse.path(fmt, tokens)
     if fmt.integer_activations and fmt.bits == 4:
         name, reason = path(fmt.weight_only, dtype, tokens, layout, columns)
         return name, f"int8 values held as floats, exactly; {reason}"
@@ -61,11 +64,21 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", colu
     return "dequantize + F.linear", f"cheaper above {few} tokens"
 
 
-def matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format, n: int) -> Tensor:
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    fmt: Format,
+    n: int,
+    index: Tensor | None = None,
+) -> Tensor:
     """``x @ W.T`` for x ``[M, K]`` and a packed weight in the plain or cpu layout; returns ``[M, N]`` in x's dtype."""
-    name, _ = path(fmt, x.dtype, x.shape[0], layout_of(weight), x.shape[1])
     if x.shape[0] == 0:
         return x.new_empty(0, n)
+    if index is not None:
+        return cpu_sparse.matmul(x, PackedWeight(weight, scale, zero_point, fmt, n, x.shape[1], index).to_layout("cpu"))
+    name, _ = path(fmt, x.dtype, x.shape[0], layout_of(weight), x.shape[1])
     if fmt.integer_activations and fmt.bits == 4:
         # float16 cannot hold a sum of products of integers.
         held = torch.float32 if x.dtype == torch.float16 else x.dtype

@@ -99,7 +99,7 @@ def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(192, 576, generator=generator).to(dtype)
     x = torch.randn(3, 576, generator=generator).to(dtype)
-    packed = pack(weight.to(device), fmt.name)
+    packed = pack(weight.to(device), fmt.name, prune="magnitude")
     y = torch.ops.qlinear.linear(
         x.to(device),
         packed.weight,
@@ -109,8 +109,9 @@ def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:
         fmt.name,
         packed.in_features,
         packed.out_features,
+        packed.index,
     )
-    wanted = reference.matmul(x, pack(weight, fmt.name, layout="plain"))
+    wanted = reference.matmul(x, pack(weight, fmt.name, layout="plain", prune="magnitude"))
     error = ((y.cpu().double() - wanted).norm() / wanted.norm()).item()
     paths = ops.paths(fmt, dtype, device, packed.layout)
     reason = ops.path(fmt, dtype, 1, device, packed.layout)[1]

@@ -6,6 +6,7 @@ tests.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -18,9 +19,14 @@ TILE_N = 64
 
 _GRAMMAR = re.compile(
     r"w(?P<weight>\d+)a(?P<activation>\d+)(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?(?P<asym>-asym)?"
-    r"(?:-(?P<sparsity>2:4|block\d+))?"
+    r"(?:-(?P<sparsity>2:4|block\d+|unstructured))?"
 )
-_GRAMMAR_TEXT = "w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>]"
+_GRAMMAR_TEXT = "w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>|-unstructured]"
+
+
+_Shape = tuple[int, ...]
+#: weight, scale, zero_point and index in the plain layout; all int32 but the scale. None: there is no such tensor.
+PlainShapes = tuple[_Shape, _Shape, _Shape | None, _Shape | None]
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,12 @@ class Format:
     group_size: int | None
     symmetric: bool
     #: Key of the decoder in :mod:`qlinear.kernels.decode`: ``planar4``, ``planar8`` (16-bit words), ``nibbles8`` or
-    #: ``rows8`` (bytes, for int8 products).
+    #: ``rows8`` (bytes, for int8 products), ``rows16`` (floats as they are).
     packing: str
+    #: Which weights are stored (see :mod:`qlinear.sparse`): None for all, ``2:4``, ``block64`` or ``unstructured``.
+    sparsity: str | None = None
+    #: What a stored value is: ``int`` for a code, ``float`` for a 16-bit float that has no scale.
+    number: str = "int"
 
     @property
     def offset(self) -> int:
@@ -65,12 +75,28 @@ class Format:
         return self.integer_activations and self.group_size is None
 
     @property
+    def block(self) -> int | None:
+        """Rows and columns of a block in a block-sparse format, None in others."""
+        return int(self.sparsity[5:]) if self.sparsity and self.sparsity.startswith("block") else None
+
+    @property
+    def dense(self) -> Format | None:
+        """The format of the same values without sparsity; None for 16-bit floats, which are the model's own."""
+        values = (self.bits, self.activation_bits, self.group_size, self.symmetric, self.number)
+        same = (f for f in FORMATS.values() if f.sparsity is None)
+        return next(
+            (f for f in same if (f.bits, f.activation_bits, f.group_size, f.symmetric, f.number) == values), None
+        )
+
+    @property
     def weight_only(self) -> Format:
         """The format of the same weight for 16-bit activations."""
         return FORMATS[self.name.replace("a8", "a16")]
 
     def groups(self, in_features: int) -> int:
         """Scales in one row of ``in_features`` weights."""
+        if self.number == "float":
+            return 0
         return 1 if self.group_size is None else -(-in_features // self.group_size)
 
     @property
@@ -86,20 +112,47 @@ class Format:
         """int32 words in one column of the plain layout's packed zero points."""
         return -(-out_features * self.bits // 32)
 
-    def weight_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2) -> int:
-        """Bytes of one weight in the plain layout: codes, scales and zero points, padding of the last word included."""
-        groups = self.groups(in_features)
-        codes = out_features * self.words(in_features) * 4
-        zeros = 0 if self.symmetric else self.zero_point_words(out_features) * groups * 4
-        return codes + out_features * groups * scale_bytes + zeros
+    def stored(self, out_features: int, in_features: int, density: float) -> int:
+        """How many blocks (or weights, where unstructured) a share ``density`` of them is; 0 where it is fixed."""
+        if self.block:
+            return round(density * -(-out_features // self.block) * -(-in_features // self.block))
+        return round(density * out_features * in_features) if self.sparsity == "unstructured" else 0
+
+    def plain_shapes(self, out_features: int, in_features: int, stored: int = 0) -> PlainShapes:
+        """Shapes of the plain layout's tensors for ``stored`` blocks or weights (see :mod:`qlinear.sparse`)."""
+        n, k, groups = out_features, in_features, self.groups(in_features)
+        zero = None if self.symmetric else (self.zero_point_words(n), groups)
+        if self.sparsity is None:
+            return (n, self.words(k)), (n, groups), zero, None
+        if self.sparsity == "2:4":
+            return (n, self.words(2 * -(-k // 4))), (n, groups), zero, (n, -(-k // 32))
+        if self.block is None:
+            return (self.words(stored),), (n, groups), zero, (n, 1 + -(-k // 32))
+        scales = (stored, self.block) if self.group_size else (n, groups)
+        index = (-(-n // self.block) + 1 + stored,)
+        return (stored, self.block, self.words(self.block)), scales, None, index
+
+    def weight_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2, density: float = 0.5) -> int:
+        """Bytes of one weight in the plain layout: codes, scales, zero points and index, padding of words included.
+
+        Args:
+            density: the share of blocks (or of weights, where unstructured) that is stored; others do not ask for it.
+        """
+        stored = self.stored(out_features, in_features, density)
+        weight, scale, zero, index = self.plain_shapes(out_features, in_features, stored)
+        words = sum(math.prod(shape) for shape in (weight, zero, index) if shape is not None)
+        return 4 * words + scale_bytes * math.prod(scale)
 
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype scales are stored in: the weight's own, except that grouped or asymmetric float32 becomes float16.
 
         Rounding happens after the scale is rounded, so a 16-bit scale costs next to nothing; it halves the scales.
+        Where there are no scales (``number`` is ``float``) it is the dtype of the stored values: 16 bits.
         """
         if weight_dtype in (torch.float16, torch.bfloat16):
             return weight_dtype
+        if self.number == "float":
+            return torch.float16
         return torch.float32 if self.group_size is None and self.symmetric else torch.float16
 
     def max_error(self, dtype: torch.dtype) -> float:
@@ -117,20 +170,42 @@ def _supported() -> dict[str, Format]:
     for symmetric, suffix in ((True, ""), (False, "-asym")):
         for group, infix in ((128, ""), (64, "-g64"), (32, "-g32"), (None, "-channel")):
             formats.append(Format(f"w4a16{infix}{suffix}", 4, 16, group, symmetric, "planar4"))
-    return {f.name: f for f in formats}
+    return {f.name: f for f in [*formats, *_sparse()]}
+
+
+def _sparse() -> list[Format]:
+    formats = [
+        Format("w4a16-2:4", 4, 16, 128, True, "planar4", "2:4"),
+        Format("w4a16-asym-2:4", 4, 16, 128, False, "planar4", "2:4"),
+        # A group is a row of a block: no scale is stored where no block is.
+        Format("w4a16-block64", 4, 16, 64, True, "planar4", "block64"),
+    ]
+    for sparsity in ("2:4", "block64", "unstructured"):
+        formats.append(Format(f"w8a16-{sparsity}", 8, 16, None, True, "planar8", sparsity))
+        formats.append(Format(f"w16a16-{sparsity}", 16, 16, None, True, "rows16", sparsity, "float"))
+    return formats
 
 
 #: Every format that exists, by the name of its scheme. Tests, benchmarks and ``qlinear doctor`` walk this.
 FORMATS: dict[str, Format] = _supported()
+#: Those that store every weight.
+DENSE: dict[str, Format] = {name: f for name, f in FORMATS.items() if f.sparsity is None}
+
+
+def _default_group(bits: int, sparsity: str | None) -> int | None:
+    """The group_size of a scheme that names none: 128 for int4, or a row of a block; None is one per channel."""
+    if bits != 4:
+        return None
+    return min(128, int(sparsity[5:])) if sparsity and sparsity.startswith("block") else 128
 
 
 @dataclass(frozen=True)
 class Scheme:
     """What a user asks for: weight and activation bits, granularity, symmetry, sparsity.
 
-    The grammar is ``w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>]``; ``w4a16`` means group_size 128 and
-    ``w8a16`` one scale per output channel. ``str(Scheme.parse(s))`` is the canonical name, and parses to the same
-    scheme.
+    The grammar is ``w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>|-unstructured]``; ``w4a16`` means
+    group_size 128 (in blocks that of a block) and ``w8a16`` one scale per output channel. ``str(Scheme.parse(s))`` is
+    the canonical name, and parses to the same scheme.
 
     Raises:
         ValueError: the scheme cannot be parsed or does not exist; the message lists those that do.
@@ -160,14 +235,13 @@ class Scheme:
             )
         bits = int(match["weight"])
         group = int(match["group"]) if match["group"] else None
-        if group is None and not match["channel"] and bits == 4:
-            group = 128
+        if group is None and not match["channel"]:
+            group = _default_group(bits, match["sparsity"])
         return cls(bits, int(match["activation"]), group, not match["asym"], match["sparsity"])
 
     def __str__(self) -> str:
         name = f"w{self.weight_bits}a{self.activation_bits}"
-        default = 128 if self.weight_bits == 4 else None
-        if self.group_size != default:
+        if self.group_size != _default_group(self.weight_bits, self.sparsity):
             name += "-channel" if self.group_size is None else f"-g{self.group_size}"
         return name + ("" if self.symmetric else "-asym") + (f"-{self.sparsity}" if self.sparsity else "")
 

@@ -3,9 +3,10 @@
 Compile, export and CUDA graphs see one opaque call per layer. The scheme travels by name; the layout is told by the
 weight.
 
-- ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features)``: ``x @ W.T + bias`` for x
-  ``[..., K]``.
-- ``dequantize(weight, scale, zero_point?, scheme, in_features, out_features, dtype)``: the float weight ``[N, K]``.
+- ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features, index?)``: ``x @ W.T + bias`` for
+  x ``[..., K]``; ``index`` says where the weights of a sparse scheme belong.
+- ``dequantize(weight, scale, zero_point?, scheme, in_features, out_features, dtype, index?)``: the float weight ``[N,
+  K]``.
 - ``quantize_activations(x)``: int8 values ``[M, K]`` and float32 scales ``[M, 1]`` of x ``[M, K]``, per token.
 - ``rms_norm_quantize(x, gain, eps)``: the same of ``x * gain / sqrt(mean(x**2) + eps)``, gain ``[K]``, in one kernel.
 """
@@ -41,7 +42,7 @@ def path(
     """How a product of ``tokens`` rows is computed on a device, and why: ``(name, reason)``, for ``doctor``."""
     if device_type == "cpu":
         return cpu.path(fmt, dtype, tokens, layout, in_features)
-    if layout != "triton":
+    if layout != "triton" or fmt.sparsity:
         return "dequantize + F.linear", f"no kernel reads the {layout} layout on {device_type}"
     if fmt.integer_activations:
         return "Triton int8 x int8", "int32 sums on the tensor cores, activations quantized per token by one kernel"
@@ -75,11 +76,11 @@ def describe_paths(found: dict[int, str]) -> str:
 _library = torch.library.Library("qlinear", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, str scheme, "
-    "int in_features, int out_features) -> Tensor"
+    "int in_features, int out_features, Tensor? index=None) -> Tensor"
 )
 _library.define(
     "dequantize(Tensor weight, Tensor scale, Tensor? zero_point, str scheme, int in_features, int out_features, "
-    "ScalarType dtype) -> Tensor"
+    "ScalarType dtype, Tensor? index=None) -> Tensor"
 )
 _library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
 _library.define("rms_norm_quantize(Tensor x, Tensor gain, float eps) -> (Tensor, Tensor)")
@@ -95,22 +96,24 @@ def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
 
 
 def _linear_cpu(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     _check(x, weight, k)
-    y = cpu.matmul(x.reshape(-1, k), weight, scale, zero, FORMATS[scheme], n)
+    y = cpu.matmul(x.reshape(-1, k), weight, scale, zero, FORMATS[scheme], n, index)
     if bias is not None:
         y = y.add_(bias) if bias.dtype == y.dtype else y + bias.to(y.dtype)
     return y.contiguous().view(*x.shape[:-1], n)
 
 
 def _linear_cuda(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     _check(x, weight, k)
     fmt = FORMATS[scheme]
-    if layout_of(weight) != "triton":
-        return _linear_any(x, weight, scale, zero, bias, scheme, k, n)
+    if layout_of(weight) != "triton" or index is not None:
+        return _linear_any(x, weight, scale, zero, bias, scheme, k, n, index)
     # Triton is imported where a GPU needs it, so that `import qlinear` works without either.
     from qlinear.kernels.dequantize import linear_tensors
     from qlinear.kernels.int8 import int8_linear_tensors
@@ -127,12 +130,13 @@ def _linear_cuda(
 
 
 def _linear_any(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Any device: dequantize the whole weight and multiply."""
     _check(x, weight, k)
     fmt = FORMATS[scheme]
-    dense = PackedWeight(weight, scale, zero, fmt, n, k).dequantize(x.dtype)
+    dense = PackedWeight(weight, scale, zero, fmt, n, k, index).dequantize(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if not fmt.integer_activations:
         return F.linear(x, dense, bias)
@@ -142,31 +146,35 @@ def _linear_any(
 
 
 def _linear_fake(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     _check(x, weight, k)
     return x.new_empty(*x.shape[:-1], n)
 
 
 def _dequantize(
-    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype
-) -> Tensor:
-    return PackedWeight(weight, scale, zero, FORMATS[scheme], n, k).dequantize(dtype).contiguous()
+    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return PackedWeight(weight, scale, zero, FORMATS[scheme], n, k, index).dequantize(dtype).contiguous()
 
 
 def _dequantize_cuda(
-    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype
-) -> Tensor:
-    if layout_of(weight) != "triton":
-        return _dequantize(weight, scale, zero, scheme, k, n, dtype)
+    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if layout_of(weight) != "triton" or index is not None:
+        return _dequantize(weight, scale, zero, scheme, k, n, dtype, index)
     from qlinear.kernels.dequantize import dequantize_tensors
 
     return dequantize_tensors(weight, scale, FORMATS[scheme], n, k, dtype)
 
 
 def _dequantize_fake(
-    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype
-) -> Tensor:
+    weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return weight.new_empty(n, k, dtype=dtype)
 
 
@@ -222,21 +230,21 @@ torch.library.register_fake("qlinear::rms_norm_quantize", _norm_quantize_fake, l
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, scale, zero, bias, ctx.scheme, ctx.k, ctx.n = inputs
-    ctx.save_for_backward(weight, scale, zero)
+    _, weight, scale, zero, bias, ctx.scheme, ctx.k, ctx.n, index = inputs
+    ctx.save_for_backward(weight, scale, zero, index)
     ctx.has_bias = bias is not None
 
 
 def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The weight is a constant: gradients reach the input (through the dequantized weight) and the bias."""
-    weight, scale, zero = ctx.saved_tensors
+    weight, scale, zero, index = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        dense = torch.ops.qlinear.dequantize(weight, scale, zero, ctx.scheme, ctx.k, ctx.n, grad.dtype)
+        dense = torch.ops.qlinear.dequantize(weight, scale, zero, ctx.scheme, ctx.k, ctx.n, grad.dtype, index)
         grad_x = grad @ dense
     if ctx.has_bias and ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, ctx.n).sum(0)
-    return grad_x, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
 torch.library.register_autograd("qlinear::linear", _input_gradient, setup_context=_remember, lib=_library)
@@ -254,8 +262,9 @@ def reserve(device: torch.device) -> None:
 
 
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``torch.ops.qlinear.linear``, past the dispatcher where nothing but the result is asked for.
 
     The dispatcher and its way back into Python cost 6 to 10 us a call: a tenth of the decoding time of a small model on
@@ -268,6 +277,6 @@ def linear(
         or is_in_torch_dispatch_mode()
         or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
     ):
-        return _linear_op(x, weight, scale, zero, bias, scheme, k, n)
+        return _linear_op(x, weight, scale, zero, bias, scheme, k, n, index)
     direct = _DIRECT.get(x.device.type, _linear_op)
-    return direct(x, weight, scale, zero, bias, scheme, k, n)
+    return direct(x, weight, scale, zero, bias, scheme, k, n, index)

@@ -50,8 +50,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Codes(NamedTuple):
     """A quantized weight before packing: the value of an element is ``(code - zero_point) * scale``."""
 
-    codes: Tensor  # uint8 [N, K], 0 .. 2**bits - 1
-    scale: Tensor  # float [N, G]; may be negative where the format is symmetric
+    codes: Tensor  # uint8 [N, K], 0 .. 2**bits - 1; the 16-bit floats themselves where that is what is stored
+    scale: Tensor  # float [N, G]; may be negative where the format is symmetric; [N, 0] beside floats
     zero_point: Tensor | None  # uint8 [N, G]; None where the format is symmetric: the zero point is then fmt.offset
 
 
@@ -79,6 +79,8 @@ def quantize(weight: Tensor, fmt: Format, search: bool = True) -> Codes:
     """
     dtype = _check(weight, fmt)
     n, k = weight.shape
+    if fmt.number == "float":
+        return Codes(weight.detach().to(dtype), torch.empty((n, 0), dtype=dtype, device=weight.device), None)
     groups = fmt.groups(k)
     codes = torch.empty((n, k), dtype=torch.uint8, device=weight.device)
     scale = torch.empty((n, groups), dtype=dtype, device=weight.device)
@@ -112,6 +114,13 @@ def _check(weight: Tensor, fmt: Format) -> torch.dtype:
     largest, dtype = max(-low, high), fmt.scale_dtype(weight.dtype)
     if not largest < float("inf"):
         raise ValueError("the weight holds NaN or infinity; it cannot be quantized")
+    if fmt.number == "float":
+        if largest > torch.finfo(dtype).max:
+            raise ValueError(
+                f"the weight's largest magnitude is {largest:.3g}, which {dtype} does not hold; "
+                "convert the model to torch.bfloat16 first"
+            )
+        return dtype
     unit = largest / (fmt.offset - 1) if fmt.symmetric else (max(high, 0.0) - min(low, 0.0)) / fmt.max_code
     if unit > torch.finfo(dtype).max or 0 < unit < _smallest(dtype):
         raise ValueError(
@@ -154,7 +163,9 @@ def _quantize_rows(weight: Tensor, fmt: Format, search: bool, rows: slice, out: 
     grid = _grid(x, peak, fmt, out.scale.dtype, ratios if search else (1.0,), axis)
     scale, low, high = grid.at(0)
     if search:
-        outlier = _outliers(x, peak, k, groups, axis)
+        # A row is as long as what it keeps.
+        kept = (x != 0).sum(axis).view(-1, groups).sum(1, keepdim=True) if fmt.sparsity else k
+        outlier = _outliers(x, peak, kept, groups, axis)
         scale, low, high = _best(x, grid, peak, outlier, axis)
     codes = _round(x, peak / scale, low, high, torch.empty_like(x)).sub_(low)
     codes = codes.t() if axis == 0 else codes
@@ -191,8 +202,8 @@ def _magic(device: torch.device) -> Tensor:
     return torch.full((), _MAGIC, device=device)
 
 
-def _outliers(x: Tensor, peak: Tensor, k: int, groups: int, axis: int) -> Tensor:
-    """The groups whose largest magnitude stands far out of their row (x is each group over its peak)."""
+def _outliers(x: Tensor, peak: Tensor, k: int | Tensor, groups: int, axis: int) -> Tensor:
+    """The groups whose largest magnitude stands far out of their row of k weights (x is each group over its peak)."""
     peaks = peak.view(-1, groups)
     relative = peaks / peaks.amax(1, keepdim=True)  # of the row's largest, so that no square overflows
     energy = (x * x).sum(axis).view(-1, groups) * relative.square()

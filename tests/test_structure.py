@@ -13,9 +13,11 @@ PACKAGE, KERNELS = ROOT / "qlinear", ROOT / "kernels"
 FLOORS = [
     ["format"],
     ["bits", "quantize"],
-    ["cpu_layout"],
+    ["sparse", "cpu_layout"],
     ["layout"],
+    ["sparse_layout"],
     ["packing"],
+    ["cpu_sparse"],
     ["reference", "cpu", "kernels"],
     ["ops"],
     ["linear"],
