@@ -126,11 +126,11 @@ def audit(
     from bench.audit import CAPABILITIES
     from bench.audit_tables import run
     from bench.problems import LAYERS
-    from qlinear.format import FORMATS
+    from qlinear.format import DENSE
 
     chosen = list(CAPABILITIES) if "all" in archs else archs
-    names = schemes.split(",") if schemes else list(FORMATS)
-    for what, given, known in (("architecture", chosen, CAPABILITIES), ("scheme", names, FORMATS)):
+    names = schemes.split(",") if schemes else list(DENSE)
+    for what, given, known in (("architecture", chosen, CAPABILITIES), ("scheme", names, DENSE)):
         if unknown := [name for name in given if name not in known]:
             raise click.ClickException(f"there is no {what} {unknown[0]!r} here, but: {', '.join(known)}")
     try:

@@ -21,7 +21,7 @@ from bench.cubins import DTYPES, WORKERS, Job, compile_all, disassemble
 from bench.machines import MACHINES, arch_name
 from bench.predict import Resources, blocks_per_sm, dequantizes
 from bench.problems import Problem
-from qlinear.format import BLOCK_K, FORMATS, Format
+from qlinear.format import BLOCK_K, DENSE, Format
 from qlinear.kernels.configs import Config, choose_config
 
 CAPABILITIES = {machine.arch: machine.capability for machine in MACHINES.values()}
@@ -31,7 +31,7 @@ def job_and_config(
     problem: Problem, scheme: str, dtype: str, capability: tuple[int, int], sms: int
 ) -> tuple[Job, Config]:
     """The kernel a product runs, and its configuration with split-K."""
-    fmt = FORMATS[scheme]
+    fmt = DENSE[scheme]
     config = choose_config(problem.m, problem.n, problem.k, fmt, DTYPES[dtype], capability, sms)
     return Job(scheme, dtype, capability, replace(config, split_k=1)), config
 

@@ -14,7 +14,7 @@ from bench.cubins import Job
 from bench.machines import MACHINES, Machine
 from bench.predict import traffic
 from bench.problems import Problem, problems
-from qlinear.format import FORMATS
+from qlinear.format import DENSE
 
 
 class Slots(NamedTuple):
@@ -170,7 +170,7 @@ def _code(audited: Audited) -> Iterator[str]:
         allowed = getattr(budget, kernel.dtype)
         if kernel.slots_per_weight > allowed:
             yield f"{kernel.slots_per_weight:.2f} slots per weight, not {allowed:.2f}"
-    if FORMATS[kernel.scheme].bits == 4 and kernel.arch == "sm_90" and kernel.integer_per_weight > INTEGER_PER_INT4:
+    if DENSE[kernel.scheme].bits == 4 and kernel.arch == "sm_90" and kernel.integer_per_weight > INTEGER_PER_INT4:
         yield f"{kernel.integer_per_weight:.2f} integer instructions per weight, not {INTEGER_PER_INT4}"
     if kernel.spills:
         yield f"{kernel.spills} bytes spilled"

@@ -19,7 +19,7 @@ from bench.gpu_warm import Case, warm
 from bench.sides import float_side, packed_side
 from bench.timing import in_turns, replayed
 from qlinear import QLinear
-from qlinear.format import FORMATS, Format
+from qlinear.format import DENSE, Format
 from qlinear.packing import PackedWeight
 
 #: Calls whose launches are timed on the CPU: fewer than a device's queue holds.
@@ -112,7 +112,7 @@ def launch(job: Job) -> Result:
         result["rows"].append(row)
     machine = matmul.machine_of(job.device)
     if machine is not None:
-        size = FORMATS["w4a16"].weight_bytes(n, k)
+        size = DENSE["w4a16"].weight_bytes(n, k)
         result["int4_floor_us"] = matmul.floor_seconds(machine, size, 1, n, k, dtype.itemsize, False) * 1e6
     return result
 
@@ -177,7 +177,7 @@ def tuned(job: Job) -> Result:
     for n, k in sizes.tuned_layers:
         for m in sizes.tuned_tokens:
             for scheme in sizes.tuned_schemes:
-                fmt = FORMATS[scheme]
+                fmt = DENSE[scheme]
                 chosen = choose_config(m, n, k, fmt, dtype, target.capability, target.num_sms)
                 plan.append((scheme, m, n, k, neighbours(chosen, fmt)))
     cases = [Case(s, dtype_name(dtype), m, n, k, config=c) for s, m, n, k, configs in plan for c in configs]
@@ -189,7 +189,7 @@ def tuned(job: Job) -> Result:
             continue
         key = (scheme, n, k)
         if key not in weights:
-            weights = {key: random_weight(FORMATS[scheme], n, k, dtype, job.device)} | {
+            weights = {key: random_weight(DENSE[scheme], n, k, dtype, job.device)} | {
                 other: weight for other, weight in weights.items() if other[1:] == (n, k)
             }
         x = torch.randn(m, k, device=job.device).to(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.gpu_job import Job
 from qlinear import ops
-from qlinear.format import FORMATS, TILE_N, Format
+from qlinear.format import DENSE, TILE_N, Format
 from qlinear.packing import PackedWeight, pack
 
 
@@ -47,7 +47,7 @@ def run_case(case: Case, device: torch.device) -> str | None:
 
     try:
         dtype = getattr(torch, case.dtype)
-        p = blank(FORMATS[case.scheme], case.n, case.k, dtype, device)
+        p = blank(DENSE[case.scheme], case.n, case.k, dtype, device)
         x = torch.zeros(case.m, case.k, dtype=dtype, device=device)
         bias = torch.zeros(case.n, dtype=dtype, device=device) if case.bias else None
         matmul(x, p, bias, case.config)
@@ -88,7 +88,7 @@ def distinct(cases: Sequence[Case], device: torch.device) -> list[Case]:
     target = target_of(device)
     kept: dict[object, Case] = {}
     for case in cases:
-        fmt, dtype = FORMATS[case.scheme], getattr(torch, case.dtype)
+        fmt, dtype = DENSE[case.scheme], getattr(torch, case.dtype)
         config = case.config or choose_config(case.m, case.n, case.k, fmt, dtype, target.capability, target.num_sms)
         many = case.config is None and case.m >= ops.GPU_DEQUANTIZE_TOKENS
         aligned = (case.n % 16, case.k % 16, case.k % 128 == 0)

@@ -15,6 +15,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
     16 bits are those of any dtype of that size.
     """
+    if not codes.numel():  # may have any strides, which a view would mind
+        return codes.new_empty((*codes.shape[:-1], -(-codes.shape[-1] * bits // 32)), dtype=torch.int32)
     if bits == 16:
         halves = codes.contiguous().view(torch.int16)
         return torch.nn.functional.pad(halves, (0, codes.shape[-1] % 2)).contiguous().view(torch.int32)

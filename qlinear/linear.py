@@ -237,10 +237,12 @@ class QLinear(nn.Module):
         except ValueError as error:
             raise ValueError(f"layer {prefix.removesuffix('.')!r}: {error}") from None
         shapes = fmt.plain_shapes(n, k, count)
-        for name, shape in zip(_BUFFERS, shapes, strict=True):
-            own = getattr(self, name)
-            if own is not None and tuple(own.shape) != shape:
-                setattr(self, name, own.new_empty(shape))
+        # Nothing changes unless everything fits; what does not is nn.Module's to tell.
+        if all(shape is None or (t is not None and t.shape == shape) for t, shape in zip(given, shapes, strict=True)):
+            for name, shape in zip(_BUFFERS, shapes, strict=True):
+                own = getattr(self, name)
+                if own is not None and own.shape != shape:
+                    setattr(self, name, own.new_empty(shape))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlinear.format import FORMATS, Format
+from qlinear.format import DENSE, Format
 from qlinear.kernels.configs import Config, shipped_configs
 from qlinear.kernels.runtime import Capability
 
@@ -68,14 +68,14 @@ def jobs() -> list[Job]:
     result = []
     for target in TARGETS:
         for dtype in DTYPES:
-            for fmt in FORMATS.values():
+            for fmt in DENSE.values():
                 configs = shipped_configs(fmt, DTYPES[dtype], target)
                 result += [Job("matmul", target, dtype, fmt, config) for config in configs]
         for i, (name, dtype, options) in enumerate(VARIANTS):
-            configs = list(shipped_configs(FORMATS[name], DTYPES[dtype], target))
-            result.append(Job("matmul", target, dtype, FORMATS[name], configs[i % len(configs)], options))
+            configs = list(shipped_configs(DENSE[name], DTYPES[dtype], target))
+            result.append(Job("matmul", target, dtype, DENSE[name], configs[i % len(configs)], options))
         for dtype in DTYPES:
-            result += [Job("dequantize", target, dtype, FORMATS[name]) for name in ("w8a8", "w8a16-g32", "w4a16-asym")]
+            result += [Job("dequantize", target, dtype, DENSE[name]) for name in ("w8a8", "w8a16-g32", "w4a16-asym")]
             # One warp, a row in one block, a row in several.
             result += [Job("quantize", target, dtype, options={"in_features": k}) for k in (200, 4096, 14336)]
             result.append(Job("quantize", target, dtype, options={"in_features": 4096, "norm": True}))

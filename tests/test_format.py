@@ -40,7 +40,7 @@ def test_a_scheme_says_what_its_format_does(name):
     scheme, fmt = qlinear.Scheme.parse(name), qlinear.FORMATS[name]
     assert fmt.name == name == str(fmt)
     assert (scheme.weight_bits, scheme.activation_bits) == (fmt.bits, fmt.activation_bits)
-    assert (scheme.group_size, scheme.symmetric, scheme.sparsity) == (fmt.group_size, fmt.symmetric, None)
+    assert (scheme.group_size, scheme.symmetric, scheme.sparsity) == (fmt.group_size, fmt.symmetric, fmt.sparsity)
     assert qlinear.Scheme.parse(scheme) is scheme
     assert {scheme: 1}[qlinear.Scheme(*dataclasses.astuple(scheme))] == 1
 
@@ -60,6 +60,12 @@ def test_a_scheme_says_what_its_format_does(name):
         ("w8a16-channel", None, True),
         ("w8a16-g32", 32, True),
         ("w8a8", None, True),
+        ("w4a16-2:4", 128, True),
+        ("w4a16-g128-asym-2:4", 128, False),
+        ("w4a16-block64", 64, True),
+        ("w4a16-g64-block64", 64, True),
+        ("w8a16-block64", None, True),
+        ("w16a16-unstructured", None, True),
     ],
 )
 def test_meaning_of_a_name(text, group, symmetric):
@@ -79,7 +85,7 @@ UNKNOWN = [
 ]
 IMPOSSIBLE = [
     *("w3a16", "w4a8-asym", "w4a4", "w16a16", "w8a4", "w8a16-asym", "w8a8-g128", "w8a8-asym", "w4a16-g48", "w4a16-g0"),
-    *("w4a16-g256", "w4a16-2:4", "w8a16-block64", "w8a16-g64-asym"),
+    *("w4a16-g256", "w4a8-2:4", "w8a16-block48", "w4a16-unstructured", "w8a16-g64-asym"),
 ]
 
 
@@ -123,7 +129,9 @@ def test_the_registry_holds_what_is_promised():
 
 @pytest.mark.parametrize("fmt", qlinear.FORMATS.values(), ids=str)
 def test_properties(fmt: Format):
-    assert (fmt.offset, fmt.max_code, fmt.planes) == {4: (8, 15, 4), 8: (128, 255, 2)}[fmt.bits]
+    assert (fmt.offset, fmt.max_code, fmt.planes) == {4: (8, 15, 4), 8: (128, 255, 2), 16: (1 << 15, 65535, 1)}[
+        fmt.bits
+    ]
     assert fmt.integer_activations == fmt.name.startswith(("w8a8", "w4a8"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         fmt.bits = 3  # type: ignore[misc]
@@ -141,8 +149,9 @@ def test_the_last_group_may_be_short(k, groups):
 def test_weight_bytes_are_those_of_the_tensors(fmt, n, k):
     for dtype in (torch.bfloat16, torch.float32):
         packed = random_packed(fmt, n, k, dtype)
-        assert fmt.weight_bytes(n, k, packed.scale.element_size()) == packed.nbytes
-    assert fmt.weight_bytes(n, k) == random_packed(fmt, n, k, torch.float16).nbytes
+        assert fmt.weight_bytes(n, k, packed.scale.element_size(), packed.density) == packed.nbytes
+    packed = random_packed(fmt, n, k, torch.float16)
+    assert fmt.weight_bytes(n, k, density=packed.density) == packed.nbytes
 
 
 def test_weight_bytes_by_hand():
@@ -156,7 +165,7 @@ def test_weight_bytes_by_hand():
 def test_scale_dtype(fmt):
     assert fmt.scale_dtype(torch.float16) == torch.float16
     assert fmt.scale_dtype(torch.bfloat16) == torch.bfloat16
-    per_channel = fmt.group_size is None and fmt.symmetric
+    per_channel = fmt.group_size is None and fmt.symmetric and fmt.number == "int"
     assert fmt.scale_dtype(torch.float32) == (torch.float32 if per_channel else torch.float16)
 
 

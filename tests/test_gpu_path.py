@@ -8,10 +8,10 @@ from models import random_packed, relative_error
 
 import qlinear
 from qlinear import ops, reference
-from qlinear.format import FORMATS, Format
+from qlinear.format import DENSE, Format
 from qlinear.kernels import dequantize as kernels_dequantize
 
-ALL = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+ALL = pytest.mark.parametrize("fmt", DENSE.values(), ids=str)
 
 
 def _arguments(fmt: Format, n: int, k: int, device: torch.device) -> tuple[qlinear.PackedWeight, tuple[object, ...]]:
@@ -37,7 +37,7 @@ def test_many_tokens_in_slices_of_the_weight(
     scheme: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What does not fit the cache is dequantized some rows at a time: the same numbers, and never the whole matrix."""
-    fmt, tokens = FORMATS[scheme], ops.GPU_DEQUANTIZE_TOKENS
+    fmt, tokens = DENSE[scheme], ops.GPU_DEQUANTIZE_TOKENS
     plain, arguments = _arguments(fmt, 300, 200, device)
     rows: list[int] = []
     real = kernels_dequantize.dequantize_tensors
@@ -68,7 +68,7 @@ def test_activations_are_rounded_as_on_a_cpu(device: torch.device) -> None:
 
 
 def test_the_plain_layout_works_too(device: torch.device) -> None:
-    plain = random_packed(FORMATS["w4a16-asym"], 70, 200)
+    plain = random_packed(DENSE["w4a16-asym"], 70, 200)
     tensors = [t if t is None else t.to(device) for t in (plain.weight, plain.scale, plain.zero_point)]
     x = torch.randn(3, 200).half()
     y = ops._linear_cuda(x.to(device), *tensors, None, "w4a16-asym", 200, 70)  # type: ignore[arg-type]
