@@ -141,8 +141,8 @@ def decode_planar8(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
-def decode_rows8(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
-    """int8 values in natural order: one plane, nothing to subtract."""
+def decode_rows(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
+    """int8 values, or 16-bit floats, in natural order: one plane, nothing to subtract."""
     return (words.to(DT),)
 
 
@@ -193,5 +193,7 @@ DECODERS = {
     "planar4": Decoder(decode_planar4, 4, torch.int16),
     "planar8": Decoder(decode_planar8, 2, torch.int16),
     "nibbles8": Decoder(decode_nibbles8, 2, torch.int8, 1 / 16),
-    "rows8": Decoder(decode_rows8, 1, torch.int8),
+    "rows8": Decoder(decode_rows, 1, torch.int8),
+    # A word is the bits of a float; the launcher says of which dtype.
+    "rows16": Decoder(decode_rows, 1, torch.int16),
 }

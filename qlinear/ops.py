@@ -42,8 +42,10 @@ def path(
     """How a product of ``tokens`` rows is computed on a device, and why: ``(name, reason)``, for ``doctor``."""
     if device_type == "cpu":
         return cpu.path(fmt, dtype, tokens, layout, in_features)
-    if layout != "triton" or fmt.sparsity:
+    if layout != "triton":
         return "dequantize + F.linear", f"no kernel reads the {layout} layout on {device_type}"
+    if fmt.block:
+        return "Triton block-sparse matmul", "only stored blocks are read and multiplied"
     if fmt.integer_activations:
         return "Triton int8 x int8", "int32 sums on the tensor cores, activations quantized per token by one kernel"
     if tokens >= GPU_DEQUANTIZE_TOKENS and dtype != torch.float32:
@@ -112,7 +114,7 @@ def _linear_cuda(
 ) -> Tensor:  # fmt: skip
     _check(x, weight, k)
     fmt = FORMATS[scheme]
-    if layout_of(weight) != "triton" or index is not None:
+    if layout_of(weight) != "triton":
         return _linear_any(x, weight, scale, zero, bias, scheme, k, n, index)
     # Triton is imported where a GPU needs it, so that `import qlinear` works without either.
     from qlinear.kernels.dequantize import linear_tensors
@@ -120,7 +122,11 @@ def _linear_cuda(
     from qlinear.kernels.matmul import matmul_tensors
 
     flat = x.reshape(-1, k)
-    if fmt.integer_activations:
+    if index is not None:
+        from qlinear.kernels.blocks import block_linear_tensors
+
+        y = block_linear_tensors(flat, weight, scale, index, fmt, n, bias)
+    elif fmt.integer_activations:
         y = int8_linear_tensors(flat, weight, scale, fmt, n, bias)
     elif path(fmt, x.dtype, flat.shape[0], "cuda", "triton")[0] != "Triton matmul":
         y = linear_tensors(flat, weight, scale, fmt, n, bias)
