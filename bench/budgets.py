@@ -14,7 +14,7 @@ from bench.cubins import Job
 from bench.machines import MACHINES, Machine
 from bench.predict import traffic
 from bench.problems import Problem, problems
-from qlinear.format import DENSE
+from qlinear.format import FORMATS
 
 
 class Slots(NamedTuple):
@@ -45,6 +45,10 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-channel": Slots(1.84, 2.10),
         "w4a16-g64-asym": Slots(2.25, 2.51),
         "w4a16-channel-asym": Slots(1.84, 2.12),
+        # Per stored weight. A dense tile of 16 x 256 is as wide as four rows of blocks: int4 takes a third less there.
+        "w4a16-block64": Slots(3.63, 3.92),
+        "w8a16-block64": Slots(3.03, 3.84),
+        "w16a16-block64": Slots(1.57, 1.57),
     },
     "sm_80": {
         "w8a8": Slots(0.74, 0.74),
@@ -62,6 +66,10 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-g64-asym": Slots(2.94, 3.23),
         "w4a16-g32-asym": Slots(3.19, 3.56),
         "w4a16-channel-asym": Slots(2.45, 2.73),
+        # Per stored weight.
+        "w4a16-block64": Slots(3.63, 3.92),
+        "w8a16-block64": Slots(3.01, 3.77),
+        "w16a16-block64": Slots(1.67, 1.67),
     },
     "sm_89": {
         "w8a8": Slots(0.63, 0.63),
@@ -79,6 +87,10 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-g64-asym": Slots(2.94, 3.23),
         "w4a16-g32-asym": Slots(3.19, 3.56),
         "w4a16-channel-asym": Slots(2.45, 2.73),
+        # Per stored weight.
+        "w4a16-block64": Slots(3.64, 3.93),
+        "w8a16-block64": Slots(3.06, 3.72),
+        "w16a16-block64": Slots(1.67, 1.67),
     },
     "sm_100": {
         "w8a8": Slots(0.69, 0.69),
@@ -96,6 +108,10 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-g64-asym": Slots(2.89, 3.07),
         "w4a16-g32-asym": Slots(4.60, 4.92),
         "w4a16-channel-asym": Slots(2.19, 2.47),
+        # Per stored weight.
+        "w4a16-block64": Slots(3.64, 4.01),
+        "w8a16-block64": Slots(3.04, 3.69),
+        "w16a16-block64": Slots(1.53, 1.53),
     },
 }
 #: Of the integer pipe per int4 weight: it takes half as many instructions a clock as are issued, 3.5 / 2 = 1.75.
@@ -124,6 +140,15 @@ KNOWN: tuple[str, ...] = (
     # ptxas packs the next iteration's scale into one register with this one's.
     "w4a16-g32-bf16-sm_80-16x128-w4-s4: 1 loads are waited for in their own iteration",
     "w4a16-g32-bf16-sm_89-16x128-w4-s4: 1 loads are waited for in their own iteration",
+    # Blocks of 64 x 64: the scales of the next block are loaded in one layout and shared in another.
+    *(
+        f"w4a16-block64-{kernel}-w2-s6: 1 loads are waited for in their own iteration"
+        for kernel in (
+            *("fp16-sm_80-8x64", "fp16-sm_80-16x64", "bf16-sm_80-8x64", "bf16-sm_80-16x64", "fp16-sm_89-8x64"),
+            *("bf16-sm_89-8x64", "bf16-sm_89-16x64", "fp16-sm_90-16x64", "fp16-sm_100-16x64"),
+        )
+    ),
+    "w4a16-block64-bf16-sm_90-16x64-w2-s6: 1.86 integer instructions per weight, not 1.7",
     *(
         f"{scheme}-{dtype}-sm_90-16x256-w4-s4: {share:.2f} bytes of partial sums per weight byte, not {PARTIALS} "
         "(16 x 4096 x 4096)"
@@ -170,7 +195,7 @@ def _code(audited: Audited) -> Iterator[str]:
         allowed = getattr(budget, kernel.dtype)
         if kernel.slots_per_weight > allowed:
             yield f"{kernel.slots_per_weight:.2f} slots per weight, not {allowed:.2f}"
-    if DENSE[kernel.scheme].bits == 4 and kernel.arch == "sm_90" and kernel.integer_per_weight > INTEGER_PER_INT4:
+    if FORMATS[kernel.scheme].bits == 4 and kernel.arch == "sm_90" and kernel.integer_per_weight > INTEGER_PER_INT4:
         yield f"{kernel.integer_per_weight:.2f} integer instructions per weight, not {INTEGER_PER_INT4}"
     if kernel.spills:
         yield f"{kernel.spills} bytes spilled"
@@ -183,7 +208,8 @@ def _code(audited: Audited) -> Iterator[str]:
 def _movement(audited: Audited, served: list[Problem], machine: Machine) -> Iterator[str]:
     """What the problems that use a kernel move too much, or too few bytes at a time: the worst of them."""
     kernel, job = audited.kernel, audited.job
-    if kernel.arch != "sm_90":
+    # A program of a block-sparse product has one row of blocks: how often x is read follows from the format.
+    if kernel.arch != "sm_90" or job.format.block:
         return
     flight: dict[float, Problem] = {}
     reread: dict[float, Problem] = {}

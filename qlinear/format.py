@@ -143,6 +143,19 @@ class Format:
         words = sum(math.prod(shape) for shape in (weight, zero, index) if shape is not None)
         return 4 * words + scale_bytes * math.prod(scale)
 
+    def smaller_dense(self, out_features: int, in_features: int, density: float) -> Format | None:
+        """The dense format that is no larger than this sparse one and has the most bits; None where all are larger.
+
+        Where there is one, pruning to this density and pattern saves less than storing every weight in fewer bits.
+        """
+        most = self.weight_bytes(out_features, in_features, density=density)
+        found = [
+            (f.bits, f.weight_bytes(out_features, in_features), f)
+            for f in DENSE.values()
+            if f.activation_bits == self.activation_bits and f.weight_bytes(out_features, in_features) <= most
+        ]
+        return max(found, key=lambda entry: entry[:2])[2] if found and self.sparsity else None
+
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype scales are stored in: the weight's own, except that grouped or asymmetric float32 becomes float16.
 

@@ -27,6 +27,9 @@ class Row:
     reason: str | None
     #: How the layer multiplies where it is now, by the number of tokens each way begins at; None where it is in float.
     paths: dict[int, str] | None = None
+    #: A dense scheme that holds every weight in no more bytes than this sparse one holds the kept ones; None where
+    #: there is none.
+    smaller_dense: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Inspection:
     def __str__(self) -> str:
         lines = [
             (row.name, "x".join(map(str, row.shape)), row.scheme or "float", human_bytes(row.bytes_before),
-             human_bytes(row.bytes_after), row.reason or f"{row.layout} layout")
+             human_bytes(row.bytes_after), row.reason or _note(row))
             for row in self.rows
         ]  # fmt: skip
         ratio = self.bytes_before / max(self.bytes_after, 1)
@@ -101,7 +104,14 @@ def _packed_row(name: str, layer: QLinear) -> Row:
     dtype = layer.compute_dtype or layer.float_dtype
     ways = paths(layer.format, dtype, layer.weight_packed.device.type, layer.layout, layer.in_features)
     name = f"{name}.weight" if name else "weight"
-    return Row(name, shape, layer.scheme, before, layer.packed.nbytes, layer.layout, None, ways)
+    smaller = layer.format.smaller_dense(*shape, layer.packed.density) if layer.format.sparsity else None
+    smaller_name = None if smaller is None else smaller.name
+    return Row(name, shape, layer.scheme, before, layer.packed.nbytes, layer.layout, None, ways, smaller_name)
+
+
+def _note(row: Row) -> str:
+    note = f"{row.layout} layout"
+    return note if row.smaller_dense is None else f"{note}; dense {row.smaller_dense} would be no larger"
 
 
 def _float_row(name: str, parameter: Tensor, reason: str) -> Row:

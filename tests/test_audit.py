@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import budgets, predict, sass
-from bench.audit import CAPABILITIES, Audited, audit, jobs_of, tile_bytes, unroll_of
+from bench.audit import CAPABILITIES, SCHEMES, Audited, audit, jobs_of, tile_bytes, unroll_of
 from bench.audit_tables import run
 from bench.cubins import Job
 from bench.machines import MACHINES, Machine
@@ -306,7 +306,7 @@ def held_jobs() -> dict[Job, Problem]:
     The rest, which `python -m bench audit --arch all` compares too, would take minutes.
     """
     named = ["w4a16", "w4a16-asym", "w4a16-g32", "w4a16-g32-asym", "w8a16", "w8a8"]
-    jobs = jobs_of(budgets.held_problems(), list(DENSE), "sm_90")
+    jobs = jobs_of(budgets.held_problems(), SCHEMES, "sm_90")
     for arch in sorted(set(CAPABILITIES) - {"sm_90"}):
         jobs |= jobs_of([p for p in budgets.held_problems() if p.m == 16], named, arch, ["bf16"])
     return jobs
@@ -319,7 +319,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Audited]:
 
 def test_every_scheme_has_budgets() -> None:
     assert set(budgets.SLOTS) == set(CAPABILITIES)
-    assert not {name for of_arch in budgets.SLOTS.values() for name in set(DENSE) - set(of_arch)}
+    assert not {name for of_arch in budgets.SLOTS.values() for name in set(SCHEMES) - set(of_arch)}
 
 
 def test_kernels_are_within_their_budgets(shipped) -> None:
