@@ -114,6 +114,21 @@ def matmul(
 
 
 @cli.command()
+@click.option("--schemes", default="w4a16,w8a8", show_default=True, help="Separated by commas.")
+@_JSON
+def coldstart(schemes: str, path: Path | None) -> None:
+    """What the first call costs in a fresh process: imports, compiling with an empty and a filled Triton cache."""
+    from bench.coldstart import measure, show
+    from qlinear.format import FORMATS
+
+    names = tuple(schemes.split(","))
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise click.ClickException(f"there is no scheme {unknown[0]!r}; the schemes are: {', '.join(FORMATS)}")
+    rows = measure("cuda" if torch.cuda.is_available() else "cpu", names)
+    _report(show(rows), {"rows": rows}, path)
+
+
+@cli.command()
 @click.option("--arch", "archs", multiple=True, default=("sm_90",), show_default=True, help="May be repeated, or: all.")
 @click.option("--models", help="Separated by commas; all of bench/problems.py by default.")
 @click.option("--schemes", help="Separated by commas; all by default.")

@@ -11,19 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import sass
-from bench.cubins import DTYPES, WORKERS, Job, compile_all, disassemble
-from bench.machines import MACHINES, arch_name
+from bench.cubins import DTYPES, Job, compile_all, disassemble
 from bench.predict import BLOCK_DENSITY, Resources, blocks_per_sm, dequantizes
 from bench.problems import Problem
+from bench.workers import WORKERS
 from qlinear.format import BLOCK_K, FORMATS, Format
 from qlinear.kernels.blocks import choose_block_config
-from qlinear.kernels.configs import Config, choose_config
+from qlinear.kernels.configs import Config, choose_config, token_bytes
+from qlinear.kernels.machines import MACHINES, arch_name
 
 #: Those whose kernels are counted.
 SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity is None or fmt.block)
@@ -59,12 +61,13 @@ def jobs_of(
                     job, _ = job_and_config(problem, scheme, dtype, machine.capability, machine.sms)
                     best = found.get(job, problem)
                     # One that takes this kernel and not the vendor's comes first.
-                    found[job] = max(best, problem, key=lambda p, j=job: _prominence(p, j))  # type: ignore[misc]
+                    found[job] = max(best, problem, key=partial(_prominence, job))
     return found
 
 
-def _prominence(problem: Problem, job: Job) -> tuple[bool, int, int]:
-    fused = not dequantizes(job.format, DTYPES[job.dtype], problem.m)
+def _prominence(job: Job, problem: Problem) -> tuple[bool, int, int]:
+    machines = [machine for machine in MACHINES.values() if machine.capability == job.capability]
+    fused = not all(dequantizes(problem, job.format, DTYPES[job.dtype], machine) for machine in machines)
     return fused, problem.n * problem.k, problem.m
 
 
@@ -119,7 +122,9 @@ class Audited:
     unroll: int
 
 
-def unroll_of(loop: sass.Loop, config: Config, fmt: Format, dtype: torch.dtype) -> int:
+def unroll_of(
+    loop: sass.Loop, config: Config, fmt: Format, dtype: torch.dtype, capability: tuple[int, int] = (9, 0)
+) -> int:
     """How many blocks along K (of 128, or the format's own) one iteration covers, told by two things that must agree.
 
     The products tell: an iteration has BLOCK_M * BLOCK_N * 128 multiply-adds per block. So do the copies: of each
@@ -131,7 +136,7 @@ def unroll_of(loop: sass.Loop, config: Config, fmt: Format, dtype: torch.dtype) 
     """
     macs = loop.macs(config.num_warps)
     by_products = None if macs is None else macs / (config.block_m * config.block_n * (fmt.block or BLOCK_K))
-    by_copies = loop.copied_bytes(32 * config.num_warps) // sum(tile_bytes(config, fmt, dtype))
+    by_copies = loop.copied_bytes(32 * config.num_warps) // sum(tile_bytes(config, fmt, dtype, capability))
     # TMA's bytes are not in the code, and of loads that are not copies nothing is known.
     readable = by_copies > 0 and not loop.tma
     if by_products is None:
@@ -143,9 +148,11 @@ def unroll_of(loop: sass.Loop, config: Config, fmt: Format, dtype: torch.dtype) 
     return round(by_products)
 
 
-def tile_bytes(config: Config, fmt: Format, dtype: torch.dtype) -> tuple[int, int]:
+def tile_bytes(
+    config: Config, fmt: Format, dtype: torch.dtype, capability: tuple[int, int] = (9, 0)
+) -> tuple[int, int]:
     """Bytes of the weight's codes and of x in one block along K."""
-    x_size, columns = 1 if fmt.integer_activations else dtype.itemsize, fmt.block or BLOCK_K
+    x_size, columns = token_bytes(fmt, dtype, capability), fmt.block or BLOCK_K
     return config.block_n * columns * fmt.bits // 8, config.block_m * columns * x_size
 
 
@@ -154,9 +161,9 @@ def read_kernel(job: Job, problem: Problem, program: Sequence[sass.Instruction],
     config, fmt, dtype = job.config, job.format, DTYPES[job.dtype]
     threads = 32 * config.num_warps
     loop = sass.hot_loop(program)
-    unroll = unroll_of(loop, config, fmt, dtype)
+    unroll = unroll_of(loop, config, fmt, dtype, job.capability)
     weights = config.block_n * (fmt.block or BLOCK_K) * unroll
-    tile = sum(tile_bytes(config, fmt, dtype)) * unroll
+    tile = sum(tile_bytes(config, fmt, dtype, job.capability)) * unroll
     copied = loop.copied_bytes(threads)
     machine = next(machine for machine in MACHINES.values() if machine.capability == job.capability)
     use = Resources(threads, used["registers"], used["shared"], used["tensor_columns"])

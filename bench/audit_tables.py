@@ -12,19 +12,18 @@ from typing import Any
 from bench.audit import Audited, audit, job_and_config, jobs_of
 from bench.budgets import KNOWN, excesses
 from bench.cubins import DTYPES, Job
-from bench.machines import MACHINES, Machine
 from bench.predict import (
     Prediction,
     Step,
-    dequantize_seconds,
     dequantizes,
     macs_per_clock,
     predict,
     step,
     traffic,
-    vendor_seconds,
 )
 from bench.problems import Problem, problems
+from qlinear.kernels.crossover import dequantize_seconds, vendor_seconds
+from qlinear.kernels.machines import MACHINES, Machine
 from qlinear.tables import table
 
 
@@ -70,7 +69,7 @@ def predictions(
                 kernel, unroll = audited[job].kernel, audited[job].unroll
                 found = predict(problem, job.format, config, step_of(job), unroll, kernel.blocks_per_sm, machine)
                 row = _row(problem, job, found, machine)
-                moved = traffic(problem, job.format, config)
+                moved = traffic(problem, job.format, config, machine.capability)
                 row |= {
                     "config": str(config),
                     "kernel": kernel.name,
@@ -85,10 +84,10 @@ def predictions(
 
 def _row(problem: Problem, job: Job, kernel: Prediction, machine: Machine) -> dict[str, Any]:
     """The predicted time of the path that is taken, and of the kernel where that is another."""
-    fmt = job.format
+    fmt, shape = job.format, (problem.m, problem.n, problem.k)
     seconds, bound = kernel.seconds, kernel.bound
-    if dequantizes(fmt, DTYPES[job.dtype], problem.m):
-        seconds, bound = dequantize_seconds(problem, fmt, machine), "dequantize"
+    if dequantizes(problem, fmt, DTYPES[job.dtype], machine):
+        seconds, bound = dequantize_seconds(*shape, fmt, machine), "dequantize"
     return {
         "machine": machine.name,
         "model": problem.model,
@@ -104,7 +103,7 @@ def _row(problem: Problem, job: Job, kernel: Prediction, machine: Machine) -> di
         "kernel_bound": kernel.bound,
         "floor_us": kernel.floor_seconds * 1e6,
         "share_of_floor": kernel.floor_seconds / seconds,
-        "times_16_bit": vendor_seconds(problem, machine) / seconds,
+        "times_16_bit": vendor_seconds(*shape, machine) / seconds,
     }
 
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from bench.audit import Audited, job_and_config
-from bench.cubins import Job
-from bench.machines import MACHINES, Machine
+from bench.cubins import DTYPES, Job
 from bench.predict import traffic
 from bench.problems import Problem, problems
 from qlinear.format import FORMATS
+from qlinear.kernels.configs import token_bytes
+from qlinear.kernels.machines import MACHINES, Machine
 
 
 class Slots(NamedTuple):
@@ -45,6 +46,8 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-channel": Slots(1.84, 2.10),
         "w4a16-g64-asym": Slots(2.25, 2.51),
         "w4a16-channel-asym": Slots(1.84, 2.12),
+        "fp8": Slots(0.78, 0.78),
+        "w8a16-fp8": Slots(2.46, 2.96),
         # Per stored weight. A dense tile of 16 x 256 is as wide as four rows of blocks: int4 takes a third less there.
         "w4a16-block64": Slots(3.63, 3.92),
         "w8a16-block64": Slots(3.03, 3.84),
@@ -66,6 +69,8 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-g64-asym": Slots(2.94, 3.23),
         "w4a16-g32-asym": Slots(3.19, 3.56),
         "w4a16-channel-asym": Slots(2.45, 2.73),
+        "fp8": Slots(2.97, 2.97),
+        "w8a16-fp8": Slots(2.97, 3.55),
         # Per stored weight.
         "w4a16-block64": Slots(3.63, 3.92),
         "w8a16-block64": Slots(3.01, 3.77),
@@ -87,6 +92,8 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-g64-asym": Slots(2.94, 3.23),
         "w4a16-g32-asym": Slots(3.19, 3.56),
         "w4a16-channel-asym": Slots(2.45, 2.73),
+        "fp8": Slots(0.81, 0.81),
+        "w8a16-fp8": Slots(2.91, 3.41),
         # Per stored weight.
         "w4a16-block64": Slots(3.64, 3.93),
         "w8a16-block64": Slots(3.06, 3.72),
@@ -108,6 +115,8 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-g64-asym": Slots(2.89, 3.07),
         "w4a16-g32-asym": Slots(4.60, 4.92),
         "w4a16-channel-asym": Slots(2.19, 2.47),
+        "fp8": Slots(1.15, 1.15),
+        "w8a16-fp8": Slots(2.81, 3.33),
         # Per stored weight.
         "w4a16-block64": Slots(3.64, 4.01),
         "w8a16-block64": Slots(3.04, 3.69),
@@ -216,11 +225,11 @@ def _movement(audited: Audited, served: list[Problem], machine: Machine) -> Iter
     partials: dict[float, Problem] = {}
     for problem in served:
         _, config = job_and_config(problem, job.scheme, job.dtype, machine.capability, machine.sms)
-        moved = traffic(problem, job.format, config)
+        moved = traffic(problem, job.format, config, job.capability)
         programs = -(-problem.m // config.block_m) * -(-problem.n // config.block_n) * config.split_k
         resident = min(kernel.blocks_per_sm, programs / machine.sms)
         flight.setdefault(resident * kernel.ahead * kernel.tile_bytes, problem)
-        x = problem.m * problem.k * (1 if job.format.integer_activations else 2)
+        x = problem.m * problem.k * token_bytes(job.format, DTYPES[job.dtype], job.capability)
         reread.setdefault(x * -(-problem.n // config.block_n) / moved.weight, problem)
         partials.setdefault(moved.partials / moved.weight, problem)
     least, most, parts = min(flight), max(reread), max(partials)

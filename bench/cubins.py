@@ -1,34 +1,30 @@
 """Compiles kernels without a GPU, in worker processes, and disassembles them with the tool in the Triton package.
 
-Run as a program this file is the worker: Triton cannot compile in a process that interprets. It reads a job from
-each line and answers with one line of JSON.
+Run as a program this file is the worker (see :mod:`bench.workers`).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import struct
 import subprocess
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from bench.machines import arch_name
 from bench.sass import Instruction, parse
+from bench.workers import answer, ask
 from qlinear.format import FORMATS, Format
 from qlinear.kernels.configs import Config
+from qlinear.kernels.machines import arch_name
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -55,33 +51,14 @@ def compile_all(jobs: Sequence[Job], dump: Path) -> dict[Job, dict[str, Any]]:
     Raises:
         RuntimeError: one does not compile.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(Path(__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    queue = deque(sorted(jobs, key=lambda job: job.config.block_m * job.config.block_n, reverse=True))
-    results: dict[Job, dict[str, Any]] = {}
-    progress = tqdm(total=len(jobs), desc="compiling", unit="kernel", disable=None)
-
-    def serve() -> None:
-        command = [sys.executable, "-m", "bench.cubins", str(dump)]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as worker:
-            assert worker.stdin is not None and worker.stdout is not None
-            while worker.poll() is None:
-                try:
-                    job = queue.popleft()
-                except IndexError:  # another thread took the last one
-                    break
-                print(json.dumps(asdict(job)), file=worker.stdin, flush=True)
-                results[job] = json.loads(worker.stdout.readline() or '{"error": "the compiler crashed"}')
-                progress.update()
-
-    with progress, ThreadPoolExecutor(WORKERS) as pool:
-        for served in [pool.submit(serve) for _ in range(min(WORKERS, len(jobs)))]:
-            served.result()
+    ordered = sorted(jobs, key=lambda job: job.config.block_m * job.config.block_n, reverse=True)
+    command = ["-m", "bench.cubins", str(dump)]
+    with tqdm(total=len(jobs), desc="compiling", unit="kernel", disable=None) as progress:
+        answers = ask(command, [asdict(job) for job in ordered], progress.update)
+    results = dict(zip(ordered, answers, strict=True))
     for job in jobs:
-        if "cubin" not in results.get(job, {}):
-            raise RuntimeError(f"{job} does not compile: {results.get(job, {}).get('error', 'no worker is left')}")
+        if "cubin" not in results[job]:
+            raise RuntimeError(f"{job} does not compile: {results[job].get('error')}")
     return results
 
 
@@ -134,23 +111,17 @@ def _moved(i: Instruction, by: int) -> Instruction:
     return Instruction(i.address - by, i.predicate, i.opcode, operands)
 
 
-def _work(dump: Path) -> None:
+def _compile(fields: dict[str, Any], dump: Path) -> dict[str, Any]:
     from qlinear.kernels.compile import compile_blocks, compile_matmul, usage
 
-    for line in sys.stdin:
-        fields = json.loads(line)
-        job = Job(fields["scheme"], fields["dtype"], tuple(fields["capability"]), Config(**fields["config"]))
-        try:
-            compile_job = compile_blocks if job.format.block else compile_matmul
-            compiled = compile_job(job.format, DTYPES[job.dtype], job.config, job.capability)
-            (dump / f"{job}.cubin").write_bytes(compiled.asm["cubin"])
-            used = asdict(usage(compiled))
-            result = {name: used[name] for name in ("registers", "spilled", "shared")}
-            result |= {"tensor_columns": compiled.metadata.tmem_size or 0, "cubin": f"{job}.cubin"}
-        except Exception as error:
-            result = {"error": repr(error)}
-        print(json.dumps(result), flush=True)
+    job = Job(fields["scheme"], fields["dtype"], tuple(fields["capability"]), Config(**fields["config"]))
+    compile_job = compile_blocks if job.format.block else compile_matmul
+    compiled = compile_job(job.format, DTYPES[job.dtype], job.config, job.capability)
+    (dump / f"{job}.cubin").write_bytes(compiled.asm["cubin"])
+    used = asdict(usage(compiled))
+    result = {name: used[name] for name in ("registers", "spilled", "shared")}
+    return result | {"tensor_columns": compiled.metadata.tmem_size or 0, "cubin": f"{job}.cubin"}
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]))
+    answer(partial(_compile, dump=Path(sys.argv[1])))

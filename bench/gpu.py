@@ -53,13 +53,14 @@ class Stage:
 STAGES = (
     Stage("environment", 15, "bench.gpu_tools:environment"),
     Stage("ptx", 25, "bench.gpu_ptx:ptx"),
-    Stage("numerics", 95, "bench.gpu_checks:numerics"),
-    Stage("benchmark", 120, "bench.gpu_speed:benchmark"),
+    Stage("numerics", 85, "bench.gpu_checks:numerics"),
+    Stage("benchmark", 110, "bench.gpu_speed:benchmark"),
     Stage("determinism", 30, "bench.gpu_checks:determinism"),
     Stage("launch", 25, "bench.gpu_speed:launch"),
+    Stage("coldstart", 25, "bench.coldstart:stage"),
     Stage("models", 45, "bench.gpu_model:models"),
     Stage("gpu_tests", 45, "bench.gpu_tools:gpu_tests"),
-    Stage("tuned", 45, "bench.gpu_speed:tuned"),
+    Stage("tuned", 45, "bench.gpu_tuned:tuned"),
     Stage("sanitizer", 20, "bench.gpu_tools:sanitizer"),
     Stage("kernel_tests", 10, "bench.gpu_tools:kernel_tests"),
 )

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bench.gpu_job import Job, Result, dtype_name
 from bench.gpu_warm import Case, warm
-from bench.timing import capture
 from qlinear import ops, reference
 from qlinear.format import DENSE, Format
+from qlinear.kernels.graphs import capture
 from qlinear.packing import PackedWeight, pack
 
 
@@ -90,9 +90,7 @@ def _numerics_of(fmt: Format, dtype: torch.dtype, shape: tuple[int, int], tokens
         wanted = reference.activations(x, packed) @ dense.t() + (0.0 if bias is None else bias.double())
         ways: dict[str, Any] = {"kernel": lambda x=x: matmul(x, packed, bias)}
         if job.on_gpu:
-            ways["operator"] = lambda x=x: ops.linear(
-                x, packed.weight, packed.scale, packed.zero_point, bias, fmt.name, k, n
-            )
+            ways["operator"] = lambda x=x: ops.linear(x, packed, bias)
         for by, way in ways.items():
             row = {"scheme": fmt.name, "dtype": dtype_name(dtype), "m": m, "n": n, "k": k, "by": by}
             rows.append(row | _error(way, wanted, fmt.max_error(dtype)))

@@ -31,7 +31,7 @@ class Sizes:
     repeats: int = 20
     many_tokens: Sequence[int] = (129, 200)
     #: Speed.
-    bench_schemes: Sequence[str] = ("w4a16", "w8a16", "w8a8", "w4a16-g32-asym", "w4a8")
+    bench_schemes: Sequence[str] = ("w4a16", "w8a16", "w8a8", "w4a16-g32-asym", "w4a8", "fp8")
     bench_tokens: Sequence[int] = (1, 4, 16, 64, 256, 1024, 4096)
     layers: Sequence[Layer] = (
         ("square", "square", 8192, 8192),
@@ -43,7 +43,7 @@ class Sizes:
     #: Tuning.
     tuned_schemes: Sequence[str] = ("w4a16", "w8a16", "w8a8")
     tuned_layers: Sequence[tuple[int, int]] = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
-    tuned_tokens: Sequence[int] = (1, 16, 64)
+    tuned_tokens: Sequence[int] = (1, 16, 64, 256)
     #: One layer of a language model: hidden, intermediate, heads, key and value heads, context.
     model: tuple[int, int, int, int, int] = (4096, 14336, 32, 8, 512)
     model_schemes: Sequence[str] = ("w4a16", "w8a16", "w8a8")

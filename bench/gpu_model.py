@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.gpu_job import Job, Result, dtype_name
-from bench.timing import capture, in_turns, replayed
+from bench.timing import in_turns
 from qlinear import QLinear, convert
+from qlinear.format import FORMATS
+from qlinear.kernels.graphs import capture, replayed
 
 
 class Block(nn.Module):
@@ -88,8 +90,8 @@ def _check(scheme: str, model: nn.Module, x: Tensor, result: Result, job: Job) -
     wanted = in_float(model)(x.double())
     y = model(x)
     error = float((y.double() - wanted).norm() / wanted.norm())
-    # W8A8 rounds its activations, which the float copy does not.
-    if not error <= (0.05 if scheme.endswith("a8") else 0.02):
+    # W8A8 and fp8 round their activations, which the float copy does not.
+    if not error <= (0.05 if FORMATS[scheme].quantized_activations else 0.02):
         result["failed"].append(f"{scheme}: the layer is off by {error:.2e}")
     result.setdefault("errors", {})[scheme] = error
     if job.on_gpu:
@@ -124,5 +126,5 @@ def _compile(scheme: str, model: nn.Module, x: Tensor, result: Result, job: Job)
     error = float((y.double() - wanted.double()).norm() / wanted.double().norm())
     row = {"seconds": time.monotonic() - begin, "difference": error}
     result.setdefault("compiled", {})[scheme] = row
-    if not error <= (0.05 if scheme.endswith("a8") else 0.01):
+    if not error <= (0.05 if FORMATS[scheme].quantized_activations else 0.01):
         result["failed"].append(f"{scheme}: compiled, the layer is off by {error:.2e}")

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bench.gpu_job import Job, Result, dtype_name
+from qlinear.bits import e4m3_to_float
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.runtime import target_of
 from qlinear.layout import unpack_planes
@@ -48,11 +49,14 @@ def ptx(job: Job) -> Result:
     target = target_of(job.device)
     # Triton's interpreter has no bfloat16 constants.
     dtypes = (torch.float16,) if target.interpreted else (torch.float16, torch.bfloat16)
-    for packing in ("planar4", "planar8"):
+    for packing, offsets in {"planar4": (8, 0, 15), "planar8": (128,), "planar_e4m3": (0,)}.items():
         codes = unpack_planes(words.unsqueeze(-1), 16 // DECODERS[packing].planes).squeeze(-1).t().to(job.device)
         for dtype in dtypes:
-            for offset in (8, 0, 15) if packing == "planar4" else (128,):
+            for offset in offsets:
                 wanted = codes.float() - offset
+                if packing == "planar_e4m3":
+                    unit = DECODERS[packing].units.get(dtype, 1.0)
+                    wanted = e4m3_to_float(codes.contiguous().view(torch.int8), torch.float32) / unit
                 for inline in (False, True) if target.nvidia else (False,):
                     y = decode(packing, words.to(job.device), dtype, offset, inline)
                     wrong = int((y.float() != wanted).sum())

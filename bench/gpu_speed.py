@@ -1,11 +1,10 @@
-"""How fast it is on this device: the benchmark, what a launch costs, and configurations beside the chosen ones."""
+"""How fast it is on this device: the benchmark, and what a launch costs."""
 
 from __future__ import annotations
 
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bench import matmul, peers
-from bench.gpu_checks import random_weight
 from bench.gpu_job import Job, Result, dtype_name
 from bench.gpu_warm import Case, warm
 from bench.sides import float_side, packed_side
-from bench.timing import in_turns, replayed
+from bench.timing import in_turns
 from qlinear import QLinear
-from qlinear.format import DENSE, Format
+from qlinear.format import DENSE
+from qlinear.kernels.graphs import replayed
 from qlinear.packing import PackedWeight
 
 #: Calls whose launches are timed on the CPU: fewer than a device's queue holds.
@@ -146,86 +145,3 @@ def _host_seconds(call: Callable[[], object], device: torch.device) -> float:
 
     once()
     return sorted(once() for _ in range(5))[2]
-
-
-def neighbours(config: Any, fmt: Format) -> list[Any]:
-    """Configurations one or two steps from ``config``: rows and warps of a tile, buffers, parts of K."""
-    found = [config]
-    shapes = [(128, 4), (256, 4), (256, 8), (64, 4)]
-    for block_n, warps in shapes:
-        # As many programs as before.
-        split = max(1, config.split_k * block_n // config.block_n)
-        found.append(replace(config, block_n=block_n, num_warps=warps, split_k=split))
-    for stages in (config.num_stages - 1, config.num_stages + 1):
-        if stages >= 2:
-            found.append(replace(config, num_stages=stages))
-    for split in (config.split_k // 2, config.split_k * 2, config.split_k * 4, 1):
-        if split >= 1:
-            found.append(replace(config, split_k=split))
-            found.append(replace(config, split_k=split, num_stages=max(2, config.num_stages - 1)))
-    return list(dict.fromkeys(found))
-
-
-def tuned(job: Job) -> Result:
-    """Neighbours of the chosen configuration for the most used problems: the best, and what it would gain."""
-    from qlinear.kernels.configs import choose_config
-    from qlinear.kernels.runtime import target_of
-
-    sizes, target = job.sizes, target_of(job.device)
-    dtype = sizes.dtypes[0]
-    plan: list[tuple[str, int, int, int, list[Any]]] = []
-    for n, k in sizes.tuned_layers:
-        for m in sizes.tuned_tokens:
-            for scheme in sizes.tuned_schemes:
-                fmt = DENSE[scheme]
-                chosen = choose_config(m, n, k, fmt, dtype, target.capability, target.num_sms)
-                plan.append((scheme, m, n, k, neighbours(chosen, fmt)))
-    cases = [Case(s, dtype_name(dtype), m, n, k, config=c) for s, m, n, k, configs in plan for c in configs]
-    result: Result = {"warm": warm(cases, job, job.left * 0.65), "rows": [], "failed": [], "left_out": []}
-    weights: dict[tuple[str, int, int], PackedWeight] = {}
-    for scheme, m, n, k, configs in plan:
-        if job.left < 3:
-            result["left_out"].append(f"{scheme} {m}x{n}x{k}")
-            continue
-        key = (scheme, n, k)
-        if key not in weights:
-            weights = {key: random_weight(DENSE[scheme], n, k, dtype, job.device)} | {
-                other: weight for other, weight in weights.items() if other[1:] == (n, k)
-            }
-        x = torch.randn(m, k, device=job.device).to(dtype)
-        row, wrong = _tune(x, weights[key], configs, job)
-        result["rows"].append(row)
-        result["failed"] += wrong
-        job.save(result)
-    return result
-
-
-def _tune(x: Tensor, packed: PackedWeight, configs: Sequence[Any], job: Job) -> tuple[Result, list[str]]:
-    from qlinear.kernels.matmul import matmul as product
-
-    wanted = product(x, packed, config=configs[0]).double()
-    sides: dict[str, list[Callable[[], object]]] = {}
-    left_out, wrong = {}, []
-    count = len(packed_side(packed).calls)
-    copies = [packed, *(replace(packed, weight=packed.weight.clone()) for _ in range(count - 1))]
-    for config in configs:
-        try:
-            y = product(x, packed, config=config).double()
-        except Exception as error:
-            left_out[str(config)] = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-            continue
-        # Sums in another order: both are within the bound of the truth.
-        if float((y - wanted).norm() / wanted.norm()) <= 2 * packed.format.max_error(x.dtype):
-            sides[str(config)] = [partial(product, x, p, None, config) for p in copies]
-        else:
-            wrong.append(f"{packed.format} {x.shape[0]}x{packed.out_features}x{packed.in_features} {config} is wrong")
-    if job.on_gpu:
-        times = replayed(sides, 5, job.sizes.seconds, job.device)
-    else:
-        times = in_turns({name: calls[0] for name, calls in sides.items()}, 0.0, least=1)
-    us = {name: t * 1e6 for name, t in sorted(times.items(), key=lambda item: item[1])}
-    chosen, best = str(configs[0]), next(iter(us), None)
-    row: Result = {"scheme": packed.format.name, "dtype": dtype_name(x.dtype), "m": x.shape[0]}
-    row |= {"n": packed.out_features, "k": packed.in_features, "chosen": chosen, "best": best, "us": us}
-    row["gain"] = us[chosen] / us[best] if best is not None and chosen in us else None
-    return row | {"left_out": left_out}, wrong

@@ -16,6 +16,7 @@ CONTRACT: dict[str, tuple[tuple[int, float], ...]] = {
     "w4a16": ((1, 1.0), (129, 0.85), (2049, 0.95)),
     "w8a16": ((1, 1.0), (129, 0.85), (2049, 0.95)),
     "w8a8": ((1, 1.0),),
+    "fp8": ((1, 1.0),),
 }
 #: Failures and left-outs shown of each stage.
 _SHOWN = 12
@@ -130,11 +131,14 @@ def _models(result: Result) -> str:
 
 
 def _tuned(result: Result) -> str:
-    """The best of each problem, the largest gains first."""
+    """The best of each problem, the largest gains first, and the crossovers."""
     lines = []
-    for row in sorted(result["rows"], key=lambda row: -(row["gain"] or 0)):
-        if row["best"] is not None:
-            problem, us = f"{row['m']} x {row['n']} x {row['k']}", row["us"]
-            gain = f"{row['gain']:.2f}x" if row["gain"] else ""
-            lines.append((row["scheme"], problem, row["chosen"], row["best"], f"{us[row['best']]:.2f}", gain))
-    return table(("scheme", "M x N x K", "chosen", "best", "us", "gain"), lines, right=(4, 5))
+    for row in sorted(result["rows"], key=lambda row: -(row.get("gain") or 0)):
+        problem, best = f"{row.get('m', 'any')} x {row['n']} x {row['k']}", row.get("best")
+        if row.get("fused_tokens"):
+            lines.append((row["scheme"], problem, "", f"kernel up to {row['fused_tokens']} tokens", "", ""))
+        elif best in row.get("us", {}):
+            times = (f"{row['us'][best]:.2f}", f"{row['gain']:.2f}x")
+            lines.append((row["scheme"], problem, row["chosen"], best, *times))
+    text = table(("scheme", "M x N x K", "chosen", "best", "us", "gain"), lines, right=(4, 5))
+    return text + (f"\nqlinear tune --install {result['table']}" if "table" in result else "")

@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.gpu_job import Job
 from qlinear import ops
-from qlinear.format import DENSE, TILE_N, Format
-from qlinear.packing import PackedWeight, pack
+from qlinear.format import DENSE
 
 
 @dataclass(frozen=True)
@@ -30,19 +28,9 @@ class Case:
     config: Any = None
 
 
-def blank(fmt: Format, n: int, k: int, dtype: torch.dtype, device: torch.device) -> PackedWeight:
-    """A weight of one tile of rows, repeated: what the kernels are compiled for, made quickly."""
-    generator = torch.Generator(device).manual_seed(0)
-    one = pack(torch.randn(TILE_N, k, device=device, generator=generator).to(dtype), fmt.name, layout="triton")
-
-    def repeated(t: Tensor) -> Tensor:
-        return t.repeat(-(-n // TILE_N), *[1] * (t.dim() - 1))
-
-    return replace(one, weight=repeated(one.weight), scale=repeated(one.scale), out_features=n)
-
-
 def run_case(case: Case, device: torch.device) -> str | None:
     """Launches the kernels of a case once; what went wrong, if anything did."""
+    from qlinear.kernels.gauge import blank
     from qlinear.kernels.matmul import matmul
 
     try:
@@ -52,7 +40,7 @@ def run_case(case: Case, device: torch.device) -> str | None:
         bias = torch.zeros(case.n, dtype=dtype, device=device) if case.bias else None
         matmul(x, p, bias, case.config)
         if case.config is None and device.type == "cuda":
-            ops.linear(x, p.weight, p.scale, p.zero_point, bias, case.scheme, case.k, case.n)
+            ops.linear(x, p, bias)
             torch.cuda.synchronize(device)
     except Exception as error:
         return f"{case}: {type(error).__name__}: {error}".splitlines()[0][:300]
@@ -82,15 +70,16 @@ def warm(cases: Iterable[Case], job: Job, seconds: float) -> list[str]:
 
 def distinct(cases: Sequence[Case], device: torch.device) -> list[Case]:
     """One case for each kernel: M and N count by the configuration they lead to."""
-    from qlinear.kernels.configs import choose_config
     from qlinear.kernels.runtime import target_of
+    from qlinear.kernels.tuned import config_on, fused_tokens_on
 
     target = target_of(device)
     kept: dict[object, Case] = {}
     for case in cases:
         fmt, dtype = DENSE[case.scheme], getattr(torch, case.dtype)
-        config = case.config or choose_config(case.m, case.n, case.k, fmt, dtype, target.capability, target.num_sms)
-        many = case.config is None and case.m >= ops.GPU_DEQUANTIZE_TOKENS
+        config = case.config or config_on(device, target, case.m, case.n, case.k, fmt, dtype)
+        most = fused_tokens_on(device, case.n, case.k, fmt, dtype)
+        many = case.config is None and most is not None and case.m > most
         aligned = (case.n % 16, case.k % 16, case.k % 128 == 0)
         kept.setdefault((case.scheme, case.dtype, replace(config, split_k=1), case.bias, aligned, many), case)
     return list(kept.values())

@@ -17,13 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import peers as others
-from bench.machines import MACHINES, Machine
 from bench.problems import LAYERS, TOKENS, Layer, layers_of
 from bench.sides import Side, Unavailable, float_side, operators, packed_side, quiet
-from bench.timing import in_turns, replayed, rotating
-from qlinear import ops, reference
+from bench.timing import in_turns, rotating
+from qlinear import reference
 from qlinear.format import Scheme
+from qlinear.kernels.graphs import replayed
+from qlinear.kernels.machines import MACHINES, Machine
 from qlinear.packing import PackedWeight, pack
+from qlinear.paths import path as path_of
 
 SCHEMES = ("w4a16", "w4a16-g32-asym", "w8a16", "w8a8")
 CPU_TOKENS = (1, 16, 128)
@@ -261,7 +263,7 @@ def _row(
     floats = {name: t * 1e6 for name, t in times.items() if name in ("float16", "bfloat16", "float32")}
     made = {key.split()[1]: t * 1e6 for key, t in times.items() if key.startswith(f"{scheme} ")}
     reasons = {key.split()[1]: why for key, why in skipped.items() if key.startswith(f"{scheme} ")}
-    path, _ = ops.path(packed.format, x.dtype, m, x.device.type, packed.layout)
+    path, _ = path_of(packed.format, x.dtype, m, x.device, packed.layout, packed.in_features, packed.out_features)
     row: Row = {"scheme": scheme, "path": path, "packed_bytes": packed.nbytes, "copies": len(entry.side.calls)}
     row |= {"float_us": floats, "peers_us": made, "peers_skipped": reasons}
     if scheme not in times:
@@ -270,6 +272,11 @@ def _row(
     row |= {"us": seconds * 1e6, "tflops": 2e-12 * m * n * k / seconds, "gbps": packed.nbytes / seconds / 1e9}
     machine = machine_of(settings.device)
     if machine is not None:
-        least = floor_seconds(machine, packed.nbytes, m, n, k, x.itemsize, packed.format.integer_activations)
+        # Triton is imported where there is a GPU.
+        from qlinear.kernels.configs import multiplies_bytes
+
+        least = floor_seconds(
+            machine, packed.nbytes, m, n, k, x.itemsize, multiplies_bytes(packed.format, machine.capability)
+        )
         row |= {"floor_us": least * 1e6, "of_floor": least / seconds}
     return row

@@ -57,6 +57,9 @@ def _refuse(condition: bool, reason: str) -> None:
         raise Unavailable(reason)
 
 
+_SM_89 = "float8 products need sm_89"
+
+
 def _four_by_eight(fmt: Format) -> bool:
     return fmt.integer_activations and fmt.bits == 4
 
@@ -66,8 +69,15 @@ def _torchao_weight(weight: Tensor, fmt: Format) -> tuple[Tensor, str | None]:
     from torchao import quantization as ao
 
     config: Any
+    operator: str | None
     _refuse(_four_by_eight(fmt), "no int4 weights with int8 activations")
-    if fmt.integer_activations:
+    if fmt.number == "e4m3":
+        _refuse(weight.device.type == "cpu", "float8 is for GPUs")
+        config, operator = ao.Float8WeightOnlyConfig(set_inductor_config=False), None
+        if fmt.quantized_activations:
+            _refuse(torch.cuda.get_device_capability(weight.device) < (8, 9), _SM_89)
+            config = ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow(), set_inductor_config=False)
+    elif fmt.integer_activations:
         config, operator = ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), "aten::_int_mm"
     elif fmt.bits == 8:
         _refuse(fmt.group_size is not None, "int8 groups are dequantized whole")
@@ -142,6 +152,7 @@ def bitsandbytes(weight: Tensor, fmt: Format, copies: int) -> Side:
 
     n, k = weight.shape
     on_cpu = weight.device.type == "cpu"
+    _refuse(fmt.number == "e4m3", "no float8")
     layer: nn.Module
     _refuse(_four_by_eight(fmt), "no int4 weights with int8 activations")
     if fmt.integer_activations:
@@ -172,6 +183,7 @@ def gemlite(weight: Tensor, fmt: Format, copies: int) -> Side:
     n, k = weight.shape
     device = str(weight.device)
     _refuse(_four_by_eight(fmt), "int4 weights with int8 activations are not compared")
+    _refuse(fmt.number == "e4m3", "its float8 is not compared")
     if fmt.integer_activations:
         maker = helper.A8W8_int8_dynamic(device=device, dtype=weight.dtype)
         return Side([maker.from_weights(weight.clone()) for _ in range(copies)])
@@ -222,9 +234,9 @@ def _rounded(t: Tensor, levels: float) -> tuple[Tensor, Tensor]:
 
 def scaled_mm(weight: Tensor, fmt: Format, copies: int) -> Side:
     """``torch._scaled_mm`` by rows in float8 (e4m3): the vendor's fp8 product, scales included."""
-    _refuse(not fmt.integer_activations or fmt.bits != 8, "multiplies float8 by float8")
+    _refuse(not fmt.quantized_activations or fmt.bits != 8, "multiplies float8 by float8")
     _refuse(not weight.is_cuda, "needs a GPU")
-    _refuse(torch.cuda.get_device_capability(weight.device) < (8, 9), "float8 needs sm_89")
+    _refuse(torch.cuda.get_device_capability(weight.device) < (8, 9), _SM_89)
     _refuse(weight.dtype != torch.bfloat16, "by rows its output is bfloat16")
 
     def rounded(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,7 +267,7 @@ def bound(fmt: Format, name: str) -> float:
     For normal weights int4 groups of 128 are off by 0.10 and nf4 by 0.09, float8 by 0.04, int8 by 0.01: a wrong scale,
     order or layout is off by 0.3 and more.
     """
-    if name == "_scaled_mm":
+    if name == "_scaled_mm" or fmt.number == "e4m3":
         return 0.08
     return 0.03 if fmt.bits == 8 else 0.2
 

@@ -1,7 +1,8 @@
 """From counts to time: how many programs a multiprocessor holds, what a problem moves, how long it takes at least.
 
 A prediction is a bound, the largest of what the memory, the L2 cache, the issue slots and the tensor cores need; it
-knows no launch and no first wave of latency. The vendor's product is not expected to reach the data sheet: see VENDOR.
+knows no launch and no first wave of latency. Where the operator leaves the kernel for the vendor's matmul is decided by
+:mod:`qlinear.kernels.crossover`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.machines import Machine
 from bench.problems import Problem
 from bench.sass import Loop
 from qlinear.format import BLOCK_K, TILE_N, Format
-from qlinear.kernels.configs import Config
-from qlinear.ops import path
+from qlinear.kernels.configs import Config, multiplies_bytes, token_bytes
+from qlinear.kernels.crossover import fused_tokens
+from qlinear.kernels.machines import Machine
 
-#: Share of the data sheet's tensor rate that a large product of the vendor's library reaches: bfloat16 8192^3 ran at
-#: 769 to 798 of 989 TFLOP/s on an H200.
-VENDOR = 0.8
 #: Shared memory the driver takes of every block, and the columns of tensor memory of a multiprocessor (CUDA
 #: Programming Guide, compute capabilities).
 _RESERVED_SHARED = 1024
@@ -79,11 +77,11 @@ def weight_bytes(fmt: Format, n: int, k: int) -> int:
     return rows * columns * fmt.bits // 8 + rows * fmt.groups(columns) * (2 if fmt.symmetric else 4)
 
 
-def traffic(problem: Problem, fmt: Format, config: Config) -> Traffic:
+def traffic(problem: Problem, fmt: Format, config: Config, capability: tuple[int, int] = (9, 0)) -> Traffic:
     """What the matmul kernel moves; loads of tokens that do not exist are masked, and cost nothing."""
     _, _, m, n, k = problem
     weight = weight_bytes(fmt, n, k)
-    x = m * k * (1 if fmt.integer_activations else 2)
+    x = m * k * token_bytes(fmt, torch.float16, capability)
     y = m * n * 2
     partials = 4 * m * n * config.split_k if config.split_k > 1 else 0
     tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
@@ -154,7 +152,7 @@ def predict(
         one: of the kernel's hot loop on ``machine``, which covers ``unroll`` blocks of 128 along K.
         blocks: what :func:`blocks_per_sm` says.
     """
-    moved = traffic(problem, fmt, config)
+    moved = traffic(problem, fmt, config, machine.capability)
     programs = -(-problem.m // config.block_m) * -(-problem.n // config.block_n) * config.split_k
     per_sm = -(-programs // machine.sms)
     resident = min(blocks, per_sm)
@@ -168,34 +166,21 @@ def predict(
     # The sum of issue and products is a wait only if it is more than either.
     bound = max(times, key=lambda name: (times[name], name != "wait"))
     seconds = times[bound]
-    if fmt.integer_activations:
+    if fmt.quantized_activations:
         seconds += 3 * problem.m * problem.k / machine.stream_bytes_per_s
     floor = moved.weight / machine.stream_bytes_per_s
     return Prediction(seconds, bound, per_sm, min(blocks, programs / machine.sms), floor)
 
 
-def vendor_seconds(problem: Problem, machine: Machine) -> float:
-    """The vendor's 16-bit product."""
-    _, _, m, n, k = problem
-    return max(2 * m * n * k / (machine.fp16_flops * VENDOR), 2 * (n * k + m * k + m * n) / machine.stream_bytes_per_s)
-
-
-def dequantize_seconds(problem: Problem, fmt: Format, machine: Machine) -> float:
-    """The path of many tokens: read the packed weight, write a dense one, and let the vendor multiply.
-
-    Slices of the dense weight stay in the L2 cache, whose speed is not public; they are charged as memory's, which is
-    an upper bound.
-    """
-    moved = weight_bytes(fmt, problem.n, problem.k) + 2 * problem.n * problem.k
-    return moved / machine.stream_bytes_per_s + vendor_seconds(problem, machine)
-
-
-def dequantizes(fmt: Format, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether the operator takes that path."""
-    return path(fmt, dtype, tokens, "cuda", "triton")[0].startswith("Triton dequantize")
+def dequantizes(problem: Problem, fmt: Format, dtype: torch.dtype, machine: Machine) -> bool:
+    """Whether the operator dequantizes the weight for the vendor's matmul."""
+    fused = fused_tokens(problem.n, problem.k, fmt, dtype, machine.capability, machine.sms, machine.l2_bytes)
+    return fused is not None and problem.m > fused
 
 
 def macs_per_clock(fmt: Format, machine: Machine) -> float:
     """Multiply-adds of one multiprocessor's tensor cores."""
-    operations = machine.int8_ops if fmt.integer_activations else machine.fp16_flops
+    # float8 with float32 sums runs at twice the rate of 16 bit on all that have it.
+    twice = 2 if multiplies_bytes(fmt, machine.capability) else 1
+    operations = machine.int8_ops if fmt.integer_activations else machine.fp16_flops * twice
     return operations / 2 / machine.sms / machine.clock_hz

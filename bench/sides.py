@@ -84,8 +84,7 @@ def _float_call(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _packed_call(p: PackedWeight) -> Callable[[Tensor], Tensor]:
-    name = p.format.name
-    return lambda x: ops.linear(x, p.weight, p.scale, p.zero_point, None, name, p.in_features, p.out_features)
+    return lambda x: ops.linear(x, p)
 
 
 def operators(call: Callable[[], object]) -> set[str]:

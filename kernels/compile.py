@@ -20,7 +20,7 @@ from qlinear.kernels.configs import Config
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.dequantize import _dequantize_kernel
 from qlinear.kernels.dequantize import constexprs as dequantize_constexprs
-from qlinear.kernels.int8 import _quantize_kernel, quantize_options
+from qlinear.kernels.int8 import _quantize_kernel, quantize_options, rounded_dtype
 from qlinear.kernels.matmul import _matmul_kernel, constexprs
 from qlinear.kernels.runtime import Capability, Target
 
@@ -30,6 +30,7 @@ _NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8",
     torch.int16: "i16",
     torch.int32: "i32",
@@ -59,19 +60,20 @@ def compile_matmul(
     Args:
         row_stride: from one row of x to the next; None where x is contiguous.
     """
-    x_dtype = torch.int8 if fmt.integer_activations else dtype
+    target = Target(capability, 132)
+    x_dtype = rounded_dtype(fmt.number, target) if fmt.quantized_activations else dtype
     scale_dtype = scale_dtype or fmt.scale_dtype(dtype)
     pointers: dict[str, torch.dtype | None] = {
         "x_ptr": x_dtype,
         "w_ptr": DECODERS[fmt.packing].dtype,
         "scale_ptr": scale_dtype,
-        "x_scale_ptr": torch.float32 if fmt.integer_activations else None,
+        "x_scale_ptr": torch.float32 if fmt.quantized_activations else None,
         "bias_ptr": dtype if bias else None,
         "y_ptr": dtype,
         "partial_ptr": torch.int32 if fmt.integer_sums else torch.float32,
         "counter_ptr": torch.int32,
     }
-    constants = constexprs(fmt, x_dtype, in_features, config, Target(capability, 132))
+    constants = constexprs(fmt, x_dtype, in_features, config, target)
     integers = {"N": 4096, "K": in_features, "stride_xm": in_features if row_stride is None else row_stride}
     options = config.options(fmt, capability)
     return compile_kernel(_matmul_kernel, pointers, integers, constants, options, capability)
@@ -91,18 +93,18 @@ def compile_blocks(
 
 
 def compile_quantize(
-    dtype: torch.dtype, in_features: int, capability: Capability, norm: bool = False
+    dtype: torch.dtype, in_features: int, capability: Capability, norm: bool = False, number: str = "int"
 ) -> CompiledKernel:
-    """The kernel that rounds contiguous x in ``dtype`` to int8, after an RMS norm where ``norm``."""
+    """The kernel that rounds contiguous x in ``dtype`` to int8 or e4m3, after an RMS norm where ``norm``."""
     padded = -(-in_features // BLOCK_K) * BLOCK_K
     pointers: dict[str, torch.dtype | None] = {
         "x_ptr": dtype,
         "gain_ptr": dtype if norm else None,
-        "q_ptr": torch.int8,
+        "q_ptr": rounded_dtype(number, Target(capability, 132)),
         "scale_ptr": torch.float32,
     }
     integers = {"K": in_features, "stride_xm": in_features, "stride_qm": padded}
-    constants, options = quantize_options(padded)
+    constants, options = quantize_options(padded, number)
     return compile_kernel(_quantize_kernel, pointers, integers, constants, options, capability)
 
 

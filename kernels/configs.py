@@ -7,16 +7,18 @@ bucket).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from qlinear.format import BLOCK_K, Format
-from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability
+from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability, has_fp8
 
 #: Tokens are rounded up to the next of these; more than the last are covered by tiles of the last.
 M_BUCKETS = (8, 16, 64, 128)
+#: Stands for the bucket of more tokens than that.
+MANY = 2 * M_BUCKETS[-1]
 
 _Tiles = dict[int, tuple[tuple[int, int, int], ...]]
 
@@ -42,6 +44,11 @@ _BLACKWELL_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 8),), 64: ((64, 128, 
 _HOPPER_TILES_INT8_GROUPS: _Tiles = _HOPPER_TILES | {16: ((16, 128, 4),)}
 #: Groups of 32: the scales of four groups do not fit into registers beside a wide tile.
 _BLACKWELL_TILES_32: _Tiles = _BLACKWELL_TILES | {16: ((16, 128, 8),)}
+#: float8 as a whole warpgroup multiplies it: a tile of 8 tokens would be converted to float16 first.
+_FP8_TILES: dict[int, _Tiles] = {
+    9: _HOPPER_TILES | {8: _HOPPER_TILES[16]},
+    10: _BLACKWELL_TILES | {8: _BLACKWELL_TILES[16]},
+}
 _AMD_TILES: _Tiles = {8: ((16, 128, 4),), 16: ((16, 128, 4),), 64: ((64, 128, 4),), 128: ((128, 128, 8),)}
 #: float32 is there to be right: three products for one leave no registers for more.
 _FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((8, 64, 4),))
@@ -73,15 +80,16 @@ class Config:
 
         Where both cost the same, one product a block needs fewer registers and waits than one a group.
         """
-        return fmt.group_size is not None and not fmt.integer_activations and 2 * self.block_m >= fmt.group_size
+        return fmt.group_size is not None and not fmt.quantized_activations and 2 * self.block_m >= fmt.group_size
 
     def options(self, fmt: Format, capability: Capability) -> dict[str, int]:
         """What the kernel is compiled with, beside its constants."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        # Left to itself ptxas stops at 128 or 168 registers, where one more program would fit a processor, and spills
-        # the scales of int8 groups. Told that it may, it takes 140 or 230, and two programs still fit.
-        int8_groups = fmt.bits == 8 and fmt.group_size is not None
-        if int8_groups and self.num_warps == 4 and not isinstance(capability, str) and capability[0] != 9:
+        # Left to itself ptxas stops at 96, 128 or 168 registers, where one more program would fit a processor, and
+        # spills the scales of int8 groups, or what decodes e4m3. Told that it may, it takes a few more, or 140 or 230,
+        # and two programs still fit.
+        spills = fmt.packing == "planar_e4m3" or (fmt.bits == 8 and fmt.group_size is not None and self.num_warps == 4)
+        if spills and not isinstance(capability, str) and capability[0] != 9:
             options["maxnreg"] = 255
         return options
 
@@ -89,11 +97,31 @@ class Config:
         return f"{self.block_m}x{self.block_n}-w{self.num_warps}-s{self.num_stages}-k{self.split_k}"
 
 
+#: Measured configurations by (scheme, dtype, M bucket, out_features, in_features).
+Measured = Mapping[tuple[str, torch.dtype, int, int, int], Config]
+
+
 def choose_config(
-    m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
+    m: int,
+    n: int,
+    k: int,
+    fmt: Format,
+    dtype: torch.dtype,
+    capability: Capability,
+    num_sms: int,
+    measured: Measured | None = None,
 ) -> Config:
-    """The configuration for x ``[m, k]`` of ``dtype`` and a weight ``[n, k]``."""
-    return _choose(_bucket(m), m > M_BUCKETS[-1], n, k, fmt, dtype, capability, num_sms)
+    """The configuration for x ``[m, k]`` of ``dtype`` and a weight ``[n, k]``.
+
+    Args:
+        measured: what ``qlinear tune`` found on this GPU; it wins over what is computed.
+    """
+    bucket = bucket_of(m)
+    if measured:
+        found = measured.get((fmt.name, dtype, bucket, n, k))
+        if found is not None:
+            return found
+    return _choose(min(bucket, M_BUCKETS[-1]), bucket == MANY, n, k, fmt, dtype, capability, num_sms)
 
 
 # Asked before every launch, always for the same few problems.
@@ -125,14 +153,50 @@ def dense_rows(m: int, n: int, k: int, itemsize: int, num_sms: int, l2_bytes: in
     return n if slices == 1 else -(-n // slices // 128) * 128
 
 
+def refusal(
+    config: Config, bucket: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability
+) -> str | None:
+    """Why a configuration cannot be used for a problem, None where it can: what is tuned is held to this.
+
+    A tile has the tokens of its bucket and rows that divide by :data:`~qlinear.format.TILE_N`; its buffers fit the
+    shared memory of a processor; no part of K is empty; many tokens, whose number is open, are not split.
+    """
+    block_m = _tiles(min(bucket, M_BUCKETS[-1]), fmt, dtype, capability)[0][0]
+    if config.block_m != block_m or config.block_n not in (64, 128, 256) or config.num_warps not in (4, 8):
+        return f"no tile of {bucket} tokens is {config.block_m}x{config.block_n} in {config.num_warps} warps"
+    shared = 64 if isinstance(capability, str) else _SHARED_KIB.get(capability, 99)
+    buffers = (config.num_stages - 1) * sum(_tile_bytes(block_m, config.block_n, fmt, dtype, capability))
+    if not 2 <= config.num_stages <= 6 or buffers > shared << 10:
+        return f"{config.num_stages} buffers are not 2 to 6, or more than {shared} KiB"
+    blocks, split = -(-k // BLOCK_K), config.split_k
+    if split < 1 or split > blocks or -(-blocks // -(-blocks // split)) != split:
+        return f"{blocks} blocks along K cannot be cut into {split} parts"
+    if split > 1 and (bucket == MANY or -(-n // config.block_n) > MAX_SPLIT_TILES):
+        return "K is split for few tokens and few tiles only"
+    return None
+
+
 def shipped_configs(fmt: Format, dtype: torch.dtype, capability: Capability) -> Iterator[Config]:
     """Every configuration :func:`choose_config` can return, up to ``split_k``, which is not compiled in."""
     for tile in dict.fromkeys(tile for bucket in M_BUCKETS for tile in _tiles(bucket, fmt, dtype, capability)):
         yield Config(*tile, _num_stages(*tile, fmt, dtype, capability))
 
 
-def _bucket(m: int) -> int:
-    return next((bucket for bucket in M_BUCKETS if m <= bucket), M_BUCKETS[-1])
+def bucket_of(m: int) -> int:
+    """The bucket of ``m`` tokens: its largest M, or :data:`MANY`."""
+    return next((bucket for bucket in M_BUCKETS if m <= bucket), MANY)
+
+
+def multiplies_bytes(fmt: Format, capability: Capability) -> bool:
+    """Whether tensor cores multiply 8-bit numbers: int8, or e4m3 where they know it."""
+    return fmt.integer_activations or (fmt.quantized_activations and has_fp8(capability))
+
+
+def token_bytes(fmt: Format, dtype: torch.dtype, capability: Capability) -> int:
+    """Bytes of one number of a token as it is multiplied; e4m3 that is not multiplied as it is takes 2 (float16)."""
+    if multiplies_bytes(fmt, capability):
+        return 1
+    return 2 if fmt.quantized_activations else dtype.itemsize
 
 
 def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability) -> tuple[tuple[int, int, int], ...]:
@@ -146,6 +210,8 @@ def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability)
         return _HOPPER_TILES_INT8_GROUPS[bucket]
     if fmt.packing == "planar4" and capability[0] == 9:
         return _HOPPER_TILES_INT4[bucket]
+    if fmt.packing == "rows_e4m3" and capability[0] in _FP8_TILES:
+        return _FP8_TILES[capability[0]][bucket]
     return {9: _HOPPER_TILES, 10: _BLACKWELL_TILES}.get(capability[0], _AMPERE_TILES)[bucket]
 
 
@@ -168,9 +234,14 @@ def _num_stages(
     if isinstance(capability, str) or dtype == torch.float32:
         return 2
     budget = (_SHARED_KIB.get(capability, 99) << 10) * num_warps // 8
-    weight = block_n * BLOCK_K * fmt.bits // 8
-    tokens = block_m * BLOCK_K * (1 if fmt.integer_activations else dtype.itemsize)
-    # The rest is for scales and changes of layout. Tokens are consumed in place, as int8 weights are where tokens are
-    # int8; a weight that is decoded has left its buffer.
-    spare = 0 if fmt.integer_activations and fmt.bits == 8 else 1
+    weight, tokens = _tile_bytes(block_m, block_n, fmt, dtype, capability)
+    # The rest is for scales and changes of layout. Tokens are consumed in place, as 8-bit weights are where tokens
+    # have 8 bits; a weight that is decoded has left its buffer.
+    spare = 0 if multiplies_bytes(fmt, capability) and fmt.bits == 8 else 1
     return next((s for s in (4, 3) if (s - spare) * weight + s * tokens + (6 << 10) <= budget), 2)
+
+
+def _tile_bytes(block_m: int, block_n: int, fmt: Format, dtype: torch.dtype, capability: Capability) -> tuple[int, int]:
+    """Bytes of the weight and of the tokens in one block of 128 along K."""
+    tokens = block_m * BLOCK_K * token_bytes(fmt, dtype, capability)
+    return block_n * BLOCK_K * fmt.bits // 8, tokens

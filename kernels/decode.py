@@ -3,9 +3,10 @@
 """Decoders: the words of one block of 128 along K -> planes of numbers, in registers.
 
 A decoder is ``(words, zeros, PTX, DT) -> tuple of planes``: plane ``j`` holds ``code - zeros[j]`` in the dtype
-``DT``, exactly, for as many columns as ``words`` has. ``zeros[j]`` is a number, or a column ``[rows, 1]`` of ``DT``
-where zero points are stored. The kernels take it as a ``tl.constexpr``, so one loop serves every format. PTX says
-whether inline PTX may be used: not in the interpreter, not on AMD; every decoder says the same in plain Triton.
+``DT``, exactly (or a power of two of it: :attr:`Decoder.units`), for as many columns as ``words`` has. ``zeros[j]`` is
+a number, or a column ``[rows, 1]`` of ``DT`` where zero points are stored. The kernels take it as a ``tl.constexpr``,
+so one loop serves every format. PTX says whether inline PTX may be used: not in the interpreter, not on AMD; every
+decoder says the same in plain Triton. Those of 8-bit floats are in :mod:`qlinear.kernels.e4m3`.
 
 The common trick is a number whose exponent makes the low mantissa bits worth one each, so that a code is converted
 by writing its bits there and subtracting: 0x6400 is 1024 in fp16 (10 bits), 0x4300 is 128 in bf16 (7 bits),
@@ -16,12 +17,15 @@ instruction makes two numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from qlinear.kernels.e4m3 import decode_planar_e4m3, decode_rows_e4m3
 
 
 @triton.jit
@@ -141,8 +145,8 @@ def decode_planar8(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
-def decode_rows(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
-    """int8 values, or 16-bit floats, in natural order: one plane, nothing to subtract."""
+def decode_rows8(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
+    """int8 values in natural order: one plane, nothing to subtract."""
     return (words.to(DT),)
 
 
@@ -180,8 +184,8 @@ class Decoder:
     planes: int
     #: The dtype of a word.
     dtype: torch.dtype
-    #: What a plane of int8 counts in: its numbers times this are the values.
-    unit: float = 1.0
+    #: What the numbers of a plane count in, by their dtype, where that is not one: times this they are the values.
+    units: Mapping[torch.dtype, float] = field(default_factory=dict)
 
     @property
     def words(self) -> int:
@@ -192,8 +196,10 @@ class Decoder:
 DECODERS = {
     "planar4": Decoder(decode_planar4, 4, torch.int16),
     "planar8": Decoder(decode_planar8, 2, torch.int16),
-    "nibbles8": Decoder(decode_nibbles8, 2, torch.int8, 1 / 16),
-    "rows8": Decoder(decode_rows, 1, torch.int8),
+    "nibbles8": Decoder(decode_nibbles8, 2, torch.int8, {torch.int8: 1 / 16}),
+    "rows8": Decoder(decode_rows8, 1, torch.int8),
     # A word is the bits of a float; the launcher says of which dtype.
-    "rows16": Decoder(decode_rows, 1, torch.int16),
+    "rows16": Decoder(decode_rows8, 1, torch.int16),
+    "planar_e4m3": Decoder(decode_planar_e4m3, 2, torch.int16, {torch.float16: 256.0}),
+    "rows_e4m3": Decoder(decode_rows_e4m3, 1, torch.int8, {torch.float16: 256.0}),
 }

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qlinear.format import BLOCK_K, TILE_N, Format
+from qlinear.kernels.checks import check_layout, check_weight
 from qlinear.kernels.configs import dense_rows
 from qlinear.kernels.decode import DECODERS
-from qlinear.kernels.matmul import check_layout, check_weight
 from qlinear.kernels.runtime import device_guard, target_of
 from qlinear.kernels.tiles import concat, decode_block, load_scales, padded_rows, scale_planes, scale_rows
 

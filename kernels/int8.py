@@ -1,5 +1,6 @@
 # mypy: disable-error-code="no-untyped-def,assignment"
-"""W8A8 and W4A8: tokens are rounded to int8, each with its own scale, and multiplied by the loop of matmul.py."""
+# ruff: noqa: SIM300 - upper case names are constexprs, not constants
+"""W8A8, W4A8, fp8: tokens are rounded to 8 bits, each with its own scale, and multiplied by the loop of matmul.py."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlinear.format import BLOCK_K, Format
+from qlinear.format import BLOCK_K, ROUNDED, Format
+from qlinear.kernels.checks import check
 from qlinear.kernels.configs import Config
-from qlinear.kernels.matmul import check, launch
-from qlinear.kernels.runtime import device_guard, target_of
+from qlinear.kernels.matmul import launch
+from qlinear.kernels.runtime import Target, device_guard, target_of
 
 #: A row up to this long stays in registers between finding its largest value and writing it.
 _MAX_BLOCK = 8192
@@ -32,9 +34,20 @@ def _largest(x):
 
 
 @triton.jit
-def _round(x):
-    """The nearest int8, ties to even, for \\|x\\| <= 127: 1.5 * 2**23 + x has the integer in its low bits."""
-    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+def _round(x, DT: tl.constexpr):
+    """The nearest int8 for \\|x\\| <= 127, or the nearest e4m3 for \\|x\\| <= 448, held in DT; ties to even.
+
+    1.5 * 2**23 + x has the integer in its low bits; a power of two times 1.5 * 2**20 is so large that a sum with it
+    keeps 3 bits below that power.
+    """
+    if DT == tl.int8:
+        return (x + 12582912.0).to(tl.int32, bitcast=True).to(DT)
+    elif DT == tl.float8e4nv:
+        return x.to(DT)
+    else:
+        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        power = tl.maximum(power, 0.015625) * 1572864.0
+        return ((x + power) - power).to(DT)
 
 
 @triton.jit
@@ -49,14 +62,16 @@ def _load(x_ptr, gain_ptr, offs, K):
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, gain_ptr, q_ptr, scale_ptr, K, stride_xm, stride_qm, eps, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr
-):
-    """scale[m] = max_k |y[m, k]| / 127, q[m, k] = round(y[m, k] / scale[m]), 0 for K <= k < stride_qm.
+    x_ptr, gain_ptr, q_ptr, scale_ptr, K, stride_xm, stride_qm, eps, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """scale[m] = max_k |y[m, k]| / LEVELS, q[m, k] = round(y[m, k] / scale[m]), 0 for K <= k < stride_qm.
 
-    x: [M, K], rows stride_xm apart. q: int8 [M, stride_qm] contiguous. scale: float32 [M]. y is x, or where there is a
-    gain [K] its RMS norm: y[m, k] = x[m, k] * gain[k] / sqrt(mean_k x[m, k]^2 + eps), never rounded to x's dtype. A
-    norm changes the scale of a row and no value of q: it costs one sum.
+    x: [M, K], rows stride_xm apart. q: int8 or e4m3 (see _round), [M, stride_qm] contiguous. scale: float32 [M]. y is
+    x, or where there is a gain [K] its RMS norm: y[m, k] = x[m, k] * gain[k] / sqrt(mean_k x[m, k]^2 + eps), never
+    rounded to x's dtype. A norm changes the scale of a row and no value of q: it costs one sum.
     """
+    DT: tl.constexpr = q_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
     q_ptrs = q_ptr + row * stride_qm + tl.arange(0, BLOCK)
@@ -71,35 +86,35 @@ def _quantize_kernel(
     largest = bits.to(tl.float32, bitcast=True)
     # A row of zeros (or next to it) gets a scale that is not zero, so that nothing is divided by zero; NaN stays.
     largest = tl.where(largest < 1e-30, 1e-30, largest)
-    inverse = tl.div_rn(127.0, largest)
-    scale = tl.div_rn(largest, 127.0)
+    inverse = tl.div_rn(LEVELS, largest)
+    scale = tl.div_rn(largest, LEVELS)
     if gain_ptr is not None:
         scale = tl.div_rn(scale, tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), K.to(tl.float32)) + eps))
     tl.store(scale_ptr + row, scale)
     if ONE_BLOCK:
-        tl.store(q_ptrs, _round(y * inverse), mask=offs < stride_qm)
+        tl.store(q_ptrs, _round(y * inverse, DT), mask=offs < stride_qm)
     else:
         for start in range(0, stride_qm, BLOCK):
             _, y = _load(x_ptr, gain_ptr, start + offs, K)
-            tl.store(q_ptrs + start, _round(y * inverse), mask=start + offs < stride_qm)
+            tl.store(q_ptrs + start, _round(y * inverse, DT), mask=start + offs < stride_qm)
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """One symmetric scale per token, 127 levels, ties to even: ``x[m] ~ q[m] * scale[m]``.
+def quantize_activations(x: Tensor, number: str = "int") -> tuple[Tensor, Tensor]:
+    """One symmetric scale per token, ties to even: ``x[m] ~ q[m] * scale[m]``.
 
     A token that holds NaN or infinity gets such a scale, hence a non-finite row of the product, and touches no other.
 
     Args:
         x: float ``[M, K]``.
+        number: ``int`` (127 levels on either side of zero) or ``e4m3`` (8-bit floats, the largest 448).
 
     Returns:
-        q: int8 ``[M, K]``, its rows padded with zeros to a multiple of 128. scale: float32 ``[M]``.
+        q: int8 or float8_e4m3fn ``[M, K]``, its rows padded with zeros to a multiple of 128. scale: float32 ``[M]``.
     """
-    q, scale = _quantize_padded(x)
-    return q[:, : x.shape[1]], scale
+    return _without_padding(*_quantize_padded(x, number), x.shape[1], number)
 
 
-def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float, number: str = "int") -> tuple[Tensor, Tensor]:
     """:func:`quantize_activations` of ``x * gain / sqrt(mean(x**2) + eps)`` in one kernel.
 
     RMS norm: Zhang and Sennrich, arXiv:1910.07467. The norm of a row is one number, which joins its scale.
@@ -107,33 +122,45 @@ def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tens
     Args:
         x: float ``[M, K]``. gain: float ``[K]``.
     """
-    q, scale = _quantize_padded(x, gain.contiguous(), eps)
-    return q[:, : x.shape[1]], scale
+    return _without_padding(*_quantize_padded(x, number, gain.contiguous(), eps), x.shape[1], number)
 
 
-def _quantize_padded(x: Tensor, gain: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+def _without_padding(q: Tensor, scale: Tensor, columns: int, number: str) -> tuple[Tensor, Tensor]:
+    # Where the GPU has no e4m3 its numbers are held in float16.
+    return q[:, :columns].to(ROUNDED[number].dtype), scale
+
+
+def rounded_dtype(number: str, target: Target) -> torch.dtype:
+    """The dtype that tokens rounded to ``number`` are held in on a target.
+
+    Where tensor cores have no e4m3 its numbers are held in float16: exactly, and so are its products in float32.
+    """
+    return torch.float16 if number == "e4m3" and not target.fp8 else ROUNDED[number].dtype
+
+
+def _quantize_padded(x: Tensor, number: str, gain: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """:func:`quantize_activations` with the padding, so that the product needs no mask along K."""
     m, k = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
     padded = -(-k // BLOCK_K) * BLOCK_K
-    q = torch.empty(m, padded, dtype=torch.int8, device=x.device)
+    q = torch.empty(m, padded, dtype=rounded_dtype(number, target_of(x.device)), device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    target_of(x.device)
     if m > 0:
-        constants, options = quantize_options(padded)
+        constants, options = quantize_options(padded, number)
         with device_guard(x.device):
             _quantize_kernel[(m,)](x, gain, q, scale, k, x.stride(0), padded, eps, **constants, **options)
     return q, scale
 
 
-def quantize_options(padded: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def quantize_options(padded: int, number: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compile-time arguments of the kernel for rows of ``padded`` numbers, and the options it is compiled with."""
     block = min(triton.next_power_of_2(padded), _MAX_BLOCK)
-    return {"BLOCK": block, "ONE_BLOCK": padded <= block}, {"num_warps": max(1, min(8, block // 512))}
+    constants = {"LEVELS": ROUNDED[number].largest, "BLOCK": block, "ONE_BLOCK": padded <= block}
+    return constants, {"num_warps": max(1, min(8, block // 512))}
 
 
-def int8_linear_tensors(
+def quantized_linear_tensors(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -142,12 +169,32 @@ def int8_linear_tensors(
     bias: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """``x @ W^T + bias`` for x ``[M, K]``: quantizes the tokens; the int8 products are exact before they are scaled."""
+    """``x @ W^T + bias`` for x ``[M, K]``: quantizes the tokens; integer products are exact before they are scaled."""
     check(x, weight, scale, fmt, out_features, bias)
     k = x.shape[1]
-    if k > MAX_IN_FEATURES:
+    if fmt.integer_activations and k > MAX_IN_FEATURES:
         raise ValueError(f"in_features is {k}; sums of int8 products fit int32 up to {MAX_IN_FEATURES}")
-    q, x_scale = _quantize_padded(x)
-    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
-    launch(q, x_scale, weight, scale, fmt, bias, y, k, config)
+    q, x_scale = _quantize_padded(x, fmt.number)
+    return rounded_product(q, x_scale, weight, scale, fmt, out_features, k, bias, x.dtype, config)
+
+
+def rounded_product(
+    q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    fmt: Format,
+    out_features: int,
+    in_features: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> Tensor:
+    """The product of rounded tokens: q ``[M, in_features]`` and zeros to a multiple of 128; x_scale ``[M]``.
+
+    e4m3 is held in float16 where the device does not multiply it.
+    """
+    q = q.to(rounded_dtype(fmt.number, target_of(q.device)))
+    y = torch.empty(q.shape[0], out_features, dtype=dtype, device=q.device)
+    launch(q, x_scale, weight, scale, fmt, bias, y, in_features, config)
     return y

@@ -3,8 +3,7 @@
 """y = x @ W^T + bias for packed weights: the only matmul loop, its epilogue and its launcher.
 
 Inside, everything is transposed: ``y^T = W x^T``, the weight being the left operand, because Hopper's tensor cores
-take the left operand from registers, where the decoder leaves it. The same source becomes mma.sync or mfma
-elsewhere.
+take that from registers, where the decoder leaves it. The same source becomes mma.sync or mfma elsewhere.
 """
 
 from __future__ import annotations
@@ -16,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlinear.format import BLOCK_K, TILE_N, Format
-from qlinear.kernels.configs import Config, choose_config
+from qlinear.format import BLOCK_K, Format
+from qlinear.kernels.checks import check, check_layout
+from qlinear.kernels.configs import Config
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, counters, device_guard, target_of, unused
 from qlinear.kernels.tiles import TILE_N as TILE_ROWS
 from qlinear.kernels.tiles import concat, decode_block, load_scales, scale_planes, scale_rows
+from qlinear.kernels.tuned import config_on
 
 if TYPE_CHECKING:
     from qlinear.packing import PackedWeight
@@ -75,10 +76,9 @@ def _matmul_kernel(
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] * (code[n, k] - zero[n, k // GROUP]) * scale[n, k // GROUP] * x_scale[m] + bias[n]
 
-    x: [M, K], rows stride_xm apart. y: [M, N] contiguous. x_scale: float32 [M] or None. bias: [N] or None.
-    w, scale: prepared layout (see tiles.py); GROUP is None where a scale belongs to a whole row. partial, counter:
-    see _share_partials, not used where splits is 1. Products are x's, the sum is float32, or int32 for a row of int8
-    products. UNIT: what decoded int8 numbers count in.
+    x: [M, K], rows stride_xm apart. y: [M, N] contiguous. x_scale: float32 [M] or None. bias: [N] or None. w, scale:
+    prepared layout (see tiles.py); GROUP is None where a scale belongs to a whole row. partial, counter: see
+    _share_partials. Products are x's, the sum is float32, or int32 for a row of int8. UNIT: of decoded numbers.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     PRODUCT: tl.constexpr = tl.int32 if DT == tl.int8 else tl.float32
@@ -133,9 +133,12 @@ def _matmul_kernel(
             mask = x_mask
             if MASK_K:
                 mask = x_mask & (block * 128 + i * SPAN + offs_k < K)[:, None]
-            x = tl.load(x_ptrs + i * SPAN, mask=mask, other=0)
+            x = tl.load(x_ptrs + i * SPAN, mask=mask, other=0.0)
             w = concat(planes, i * SLICES, SLICES)
-            if GROUP is None or SCALE_WEIGHT:
+            # Some tensor cores keep 14 bits of a running sum of float8 products: they get a block at a time.
+            if DT == tl.float8e4nv:
+                acc += tl.dot(w, x, max_num_imprecise_acc=128)
+            elif GROUP is None or SCALE_WEIGHT:
                 acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
             else:
                 product = tl.dot(w, x, input_precision=PRECISION, out_dtype=PRODUCT).to(tl.float32)
@@ -156,7 +159,7 @@ def _matmul_kernel(
 
 
 def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config, target: Target) -> dict[str, Any]:
-    """The compile-time arguments of the kernel, for x in ``dtype`` (int8 where the format quantizes activations)."""
+    """The compile-time arguments of the kernel, for x in ``dtype`` (rounded tokens: what they are held in)."""
     decoder = DECODERS[fmt.packing]
     return {
         "DECODE": decoder.function,
@@ -168,15 +171,14 @@ def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config
         "PTX": target.nvidia,
         # float32 on tensor cores: the sum of three TF32 products is as exact as float32's own.
         "PRECISION": "tf32x3" if target.nvidia and dtype == torch.float32 else "ieee",
-        "UNIT": decoder.unit if dtype == torch.int8 else 1.0,
+        "UNIT": decoder.units.get(dtype, 1.0),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
 
 
 def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
-    """``x @ W^T + bias`` for a packed weight ``[N, K]`` in the ``triton`` layout: ``[..., K] -> [..., N]`` in x's
-    dtype.
+    """``x @ W^T + bias`` for a packed weight ``[N, K]`` in layout ``triton``: ``[..., K] -> [..., N]`` in x's dtype.
 
     Args:
         x: float16, bfloat16 or float32, any strides.
@@ -190,9 +192,9 @@ def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, config: 
         raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be in_features = {packed.in_features}")
     x2d = x.reshape(-1, packed.in_features)
     # Imported here because int8.py is built on this module.
-    from qlinear.kernels.int8 import int8_linear_tensors
+    from qlinear.kernels.int8 import quantized_linear_tensors
 
-    linear = int8_linear_tensors if packed.format.integer_activations else matmul_tensors
+    linear = quantized_linear_tensors if packed.format.quantized_activations else matmul_tensors
     y = linear(x2d, packed.weight, packed.scale, packed.format, packed.out_features, bias, config)
     return y.view(*x.shape[:-1], packed.out_features)
 
@@ -206,50 +208,13 @@ def matmul_tensors(
     bias: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """:func:`matmul` on the bare tensors of the ``triton`` layout, for x ``[M, K]``; not for W8A8."""
-    if fmt.integer_activations:
-        raise ValueError(f"{fmt} multiplies int8 activations: use qlinear.kernels.int8.int8_linear_tensors")
+    """:func:`matmul` on the bare tensors of the ``triton`` layout, for x ``[M, K]``; not for W8A8 and its like."""
+    if fmt.quantized_activations:
+        raise ValueError(f"{fmt} multiplies 8-bit activations: use qlinear.kernels.int8.quantized_linear_tensors")
     check(x, weight, scale, fmt, out_features, bias)
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
     launch(x, None, weight, scale, fmt, bias, y, x.shape[1], config)
     return y
-
-
-def check_layout(packed: PackedWeight) -> None:
-    """Raises a ValueError unless the weight is in the layout that the kernels read."""
-    if packed.layout != "triton":
-        raise ValueError(f"the kernels read the layout 'triton', got {packed.layout!r}; use to_layout('triton')")
-
-
-def check(x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, n: int, bias: Tensor | None) -> None:
-    """Raises a ValueError that names what was got and what was wanted, where the tensors do not fit."""
-    if x.dim() != 2 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"x must be a float16, bfloat16 or float32 matrix [M, K], got {x.dtype} {tuple(x.shape)}")
-    check_weight(weight, scale, fmt, n, x.shape[1])
-    if bias is not None and (tuple(bias.shape) != (n,) or not bias.is_floating_point()):
-        raise ValueError(f"bias must be floats ({n},), got {bias.dtype} {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")
-
-
-def check_weight(weight: Tensor, scale: Tensor, fmt: Format, n: int, k: int) -> None:
-    """As :func:`check`, for the weight ``[n, k]`` alone."""
-    tiles, blocks = -(-n // TILE_N), -(-k // BLOCK_K)
-    groups = fmt.groups(blocks * BLOCK_K)
-    what = f"of {fmt} [{n}, {k}] in the layout 'triton'"
-    decoder = DECODERS[fmt.packing]
-    dtype, shape = decoder.dtype, (tiles, blocks, TILE_N, decoder.words)
-    if tuple(weight.shape) != shape or weight.dtype != dtype or not weight.is_contiguous():
-        raise ValueError(f"the weight {what} is contiguous {dtype} {shape}, got {weight.dtype} {tuple(weight.shape)}")
-    pairs = fmt.groups_per_block
-    scales = (tiles, groups, TILE_N) if fmt.symmetric else (tiles, groups // pairs, TILE_N, 2 * pairs)
-    if tuple(scale.shape) != scales or not scale.is_floating_point() or not scale.is_contiguous():
-        raise ValueError(f"the scale {what} is contiguous floats {scales}, got {scale.dtype} {tuple(scale.shape)}")
-    if not fmt.symmetric and scale.dtype.itemsize != 2:
-        raise ValueError(f"the scale {what} shares a 32-bit word with its zero point: 16 bits, got {scale.dtype}")
-    if scale.device != weight.device:
-        raise ValueError(f"the weight is on {weight.device} but its scale is on {scale.device}")
 
 
 def launch(
@@ -263,7 +228,7 @@ def launch(
     in_features: int,
     config: Config | None,
 ) -> None:
-    """Fills contiguous y ``[M, N]`` from checked tensors; int8 x comes with its scales, padded to blocks of 128."""
+    """Fills contiguous y ``[M, N]`` from checked tensors; rounded x comes with its scales, padded to blocks of 128."""
     m, n = y.shape
     if m == 0:
         return
@@ -279,7 +244,7 @@ def launch(
         y.copy_(wide)
         return
     if config is None:
-        config = choose_config(m, n, in_features, fmt, y.dtype, target.capability, target.num_sms)
+        config = config_on(x.device, target, m, n, in_features, fmt, y.dtype)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     sums = torch.int32 if fmt.integer_sums else torch.float32
     if config.split_k == 1:

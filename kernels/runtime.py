@@ -31,6 +31,19 @@ class Target(NamedTuple):
         """Whether inline PTX may be used."""
         return not self.interpreted and not isinstance(self.capability, str)
 
+    @property
+    def fp8(self) -> bool:
+        """Whether e4m3 is multiplied as it is; where not, it is held in float16, exactly.
+
+        Not in the interpreter: numpy has no float8.
+        """
+        return not self.interpreted and has_fp8(self.capability)
+
+
+def has_fp8(capability: Capability) -> bool:
+    """Whether tensor cores multiply e4m3: NVIDIA's do from capability 8.9 on; AMD's gfx942 has another e4m3."""
+    return not isinstance(capability, str) and capability >= (8, 9)
+
 
 def target_of(device: torch.device) -> Target:
     """The target of tensors on ``device``.
@@ -46,11 +59,12 @@ def target_of(device: torch.device) -> Target:
             f"the Triton kernels need tensors on a CUDA or ROCm device, got {device}; "
             "on a CPU use qlinear.QLinear or torch.ops.qlinear, or set TRITON_INTERPRET=1 before importing triton"
         )
-    return _gpu_target(torch.cuda.current_device() if device.index is None else device.index)
+    return gpu_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
-def _gpu_target(index: int) -> Target:
+def gpu_target(index: int) -> Target:
+    """The target of CUDA device ``index``."""
     properties = torch.cuda.get_device_properties(index)
     capability: Capability = (properties.major, properties.minor)
     if torch.version.hip is not None:

@@ -6,6 +6,8 @@ from qlinear.format import FORMATS, Format, Scheme
 from qlinear.inspection import Inspection, inspect
 from qlinear.linear import QLinear
 from qlinear.packing import PackedWeight, pack
+from qlinear.pruning import prune
+from qlinear.tuning import Tuning, tune
 from qlinear.validation import Validation, validate
 
 __version__ = "0.1.0"
@@ -17,13 +19,16 @@ __all__ = [
     "PackedWeight",
     "QLinear",
     "Scheme",
+    "Tuning",
     "Validation",
     "convert",
     "inspect",
     "load",
     "pack",
     "prepare",
+    "prune",
     "save",
+    "tune",
     "unprepare",
     "validate",
 ]

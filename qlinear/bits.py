@@ -56,3 +56,20 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     wide = packed.to(torch.int16)
     high = wide & 0xF0
     return (wide.bitwise_and_(0x0F)).bitwise_or_(high.bitwise_left_shift_(4)).view(torch.uint8)
+
+
+def e4m3_to_float(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 tensors of e4m3 bits as 16-bit floats or float32, exactly, NaN excepted (it becomes 480).
+
+    Sign, exponent and mantissa are moved to their places in the wider float, and the difference of the exponents'
+    biases is multiplied in: less time than torch's own conversion takes.
+    """
+    mantissa, bias, wide = {
+        torch.bfloat16: (7, 127, torch.int16),
+        torch.float16: (10, 15, torch.int16),
+        torch.float32: (23, 127, torch.int32),
+    }[dtype]
+    shift = mantissa - 3
+    moved = bits.to(wide).bitwise_left_shift_(shift)
+    # The sign was extended: what stands between it and the exponent is not wanted.
+    return moved.bitwise_and_((0x7F << shift) | torch.iinfo(wide).min).view(dtype).mul_(2.0 ** (bias - 7))

@@ -3,6 +3,9 @@
 ``model.safetensors`` holds every tensor in the plain, hardware-independent layout; ``config.json`` is the model's own,
 with the schemes under ``quantization_config``; tokenizer files are carried along. The folder is written beside its
 place and moved in.
+
+A model whose quantized layers all have 8-bit floats (``fp8``, ``w8a16-fp8``) is stored as compressed-tensors stores it:
+``quantization_config`` is that library's, ours stands under ``qlinear`` (see :mod:`qlinear.compressed`).
 """
 
 from __future__ import annotations
@@ -20,12 +23,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qlinear.compressed import from_disk, quantization_config, to_disk
 from qlinear.conversion import candidates, prepare
-from qlinear.linear import QLinear, float_shape
+from qlinear.float_layers import float_shape, is_conv1d
+from qlinear.linear import QLinear
 
 #: Of ``quantization_config``; a loader refuses a newer one.
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
+#: Where our part of ``config.json`` stands when ``quantization_config`` is another library's.
+_OURS = "qlinear"
 
 #: What a Hugging Face folder holds beside weights and config: tokenizer, generation and preprocessing files.
 _COMPANIONS = (
@@ -49,15 +56,13 @@ def save(
         ValueError: the model has no quantized layer, or a parameter has no data (``meta``).
         FileExistsError: the folder exists and is not empty.
     """
-    target = Path(folder)
-    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty; pass overwrite=True to replace it")
+    target = _free(folder, overwrite)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QLinear)}
     if not layers:
         raise ValueError("the model has no quantized layer: convert it first, or use the model's own save method")
     tensors, tied = _tensors(model)
     config = _config(model, layers, tied)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors = to_disk(tensors, layers)
     with _beside(target) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -65,6 +70,28 @@ def save(
         generation = getattr(model, "generation_config", None)
         if generation is not None and not (temporary / "generation_config.json").exists():
             generation.save_pretrained(temporary)
+    return target
+
+
+def save_float(
+    model: Any, folder: str | Path, *, companions: str | Path | None = None, overwrite: bool = False
+) -> Path:
+    """Writes a Hugging Face model in float (pruned, say) with its own ``save_pretrained``, as :func:`save` does.
+
+    Args:
+        model: has ``save_pretrained``; ``from_pretrained`` reads the result.
+        folder, companions, overwrite: as in :func:`save`.
+
+    Raises:
+        TypeError: the model has no ``save_pretrained``.
+        FileExistsError: the folder exists and is not empty.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"{type(model).__name__} has no save_pretrained: save its state_dict")
+    target = _free(folder, overwrite)
+    with _beside(target) as temporary:
+        model.save_pretrained(temporary)
+        _copy_companions(_source_folder(model) if companions is None else Path(companions), temporary)
     return target
 
 
@@ -90,7 +117,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: str | to
     if model is None:
         model = _build(config, folder)
     _swap(model, quantization)
-    state = load_file(folder / WEIGHTS, device="cpu")
+    state = from_disk(load_file(folder / WEIGHTS, device="cpu"), quantization["modules"])
     for name, source in quantization["tied"].items():
         state[name] = state[source]
     result = model.load_state_dict(state, strict=False, assign=True)
@@ -131,7 +158,7 @@ def _config(model: nn.Module, layers: dict[str, QLinear], tied: dict[str, str]) 
     if hasattr(own, "to_json_string"):
         config = json.loads(own.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     first = next(iter(layers.values()))
-    config["quantization_config"] = {
+    ours = {
         "quant_method": "qlinear",
         "version": FORMAT_VERSION,
         "float_dtype": _dtype_name(first.float_dtype),
@@ -141,7 +168,8 @@ def _config(model: nn.Module, layers: dict[str, QLinear], tied: dict[str, str]) 
         # Buffers a model computes for itself (rotary frequencies) come back in the dtype the model had cast them to.
         "computed_buffers": {name: _dtype_name(b.dtype) for name, b in _computed_buffers(model)},
     }
-    return config
+    theirs = quantization_config(model, layers) if config else None
+    return config | ({"quantization_config": theirs, _OURS: ours} if theirs else {"quantization_config": ours})
 
 
 def _computed_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -158,7 +186,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _quantization(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    found = config.get("quantization_config") or {}
+    found = config.get(_OURS) or config.get("quantization_config") or {}
     if found.get("quant_method") != "qlinear":
         raise ValueError(f"{folder} was not written by qlinear: its quant_method is {found.get('quant_method')!r}")
     if found.get("version", 0) > FORMAT_VERSION:
@@ -180,7 +208,7 @@ def _build(config: dict[str, Any], folder: Path) -> nn.Module:
     if cls is None:
         wanted = architectures[0]
         raise ValueError(f"{folder}: transformers has no class {wanted!r}; pass the model's structure as model=")
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", _OURS)}
     with init_empty_weights(include_buffers=False):
         return cls(cls.config_class.from_dict(plain))  # type: ignore[no-any-return]
 
@@ -198,8 +226,17 @@ def _swap(model: nn.Module, quantization: dict[str, Any]) -> None:
         n, k = float_shape(old)
         if id(old) not in made:
             made[id(old)] = QLinear(k, n, scheme, old.bias is not None, "meta", dtype, compute)
+            made[id(old)].from_conv1d = is_conv1d(old)
         for alias in layers[name].names:
             model.set_submodule(alias, made[id(old)])
+
+
+def _free(folder: str | Path, overwrite: bool) -> Path:
+    target = Path(folder)
+    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty; pass overwrite=True to replace it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _source_folder(model: nn.Module) -> Path | None:

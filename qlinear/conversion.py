@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 from tqdm import tqdm
 
+from qlinear.float_layers import float_parameter, is_conv1d
 from qlinear.format import Scheme
-from qlinear.linear import QLinear, is_conv1d
+from qlinear.linear import QLinear
 from qlinear.undo import Undo
 
 #: A scheme for every linear layer, or an ordered mapping of name patterns to schemes (None leaves a layer in float).
 What = str | Scheme | Mapping[str, str | Scheme | None]
 
+
+_T = TypeVar("_T")
 
 #: Weights from which the work is long enough for a progress bar (on a terminal).
 _LONG = 50_000_000
@@ -45,6 +50,7 @@ def convert(
     what: What,
     *,
     compute_dtype: torch.dtype | None = None,
+    keep_dense: bool = False,
     progress: bool | None = None,
     prune: str | None = None,
 ) -> nn.Module:
@@ -58,6 +64,8 @@ def convert(
             tied to the embedding) is left alone unless a pattern is its exact name.
         compute_dtype: compute in this dtype, whatever the input's: ``torch.bfloat16`` makes a float32 model fast on
             a CPU.
+        keep_dense: keep a 16-bit copy of every converted weight for many tokens (:meth:`QLinear.keep_dense`): long
+            prompts are as fast as in 16 bit, and the model takes more memory than it did.
         progress: a progress bar on standard error; None shows it where the work is long.
         prune: how a weight is brought into the pattern of a sparse scheme, for example ``"magnitude"``; None where the
             model is pruned already.
@@ -67,17 +75,18 @@ def convert(
 
     Raises:
         ValueError: unknown scheme, a pattern that matches no linear layer, nothing to convert, a layer that was
-            asked for and cannot be converted, or a weight that does not have the pattern of its sparse scheme; the
-            message names the layer.
+            asked for and cannot be converted, or cannot keep a copy, or a weight that does not have the pattern of
+            its sparse scheme; the message names the layer.
     """
     rules = _rules(what)
-    chosen = [(c, scheme) for c, scheme in _choose(model, rules) if scheme is not None]
-    weights = sum(_weight(c.module).numel() for c, _ in chosen)
-    quiet = (True if weights < _LONG else None) if progress is None else not progress
+    chosen = [(c, scheme) for c, scheme in choose(model, rules, "convert") if scheme is not None]
+    quiet = no_bar([c.module for c, _ in chosen], progress)
     with Undo(model) as undo:
         for candidate, scheme in tqdm(chosen, desc="quantizing", unit="layer", disable=quiet):
             try:
                 new = QLinear.from_float(candidate.module, scheme, compute_dtype, prune)
+                if keep_dense:
+                    new.keep_dense()
             except (ValueError, TypeError, RuntimeError) as error:
                 raise type(error)(f"layer {candidate.name!r} ({scheme}): {error}") from error
             _keep_hooks(candidate.module, new)
@@ -89,6 +98,12 @@ def convert(
                 undo.untie(model)
             del candidate.module
     return model
+
+
+def no_bar(layers: Iterable[nn.Module], progress: bool | None) -> bool | None:
+    """What tqdm's ``disable`` takes: None is a bar on a terminal, where the work on these layers is long."""
+    weights = sum(float_parameter(layer).numel() for layer in layers)
+    return (True if weights < _LONG else None) if progress is None else not progress
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -124,7 +139,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
             if parameter is not None and first and all(m is not module for m, _ in owners.get(id(parameter), [])):
                 owners.setdefault(id(parameter), []).append((module, f"{name}.{key}" if name else key))
     for entry in found.values():
-        shared = [n for m, n in owners.get(id(entry.module.weight), []) if m is not entry.module]
+        shared = [n for m, n in owners.get(id(float_parameter(entry.module)), []) if m is not entry.module]
         entry.tied_to = shared[0] if shared else None
     return list(found.values())
 
@@ -140,7 +155,7 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its weight is parametrized"
     if isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward:
         return f"{kind.__name__} has a forward of its own"
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+    if isinstance(float_parameter(module), nn.parameter.UninitializedParameter):
         return "its weight is not initialized yet"
     return None
 
@@ -153,7 +168,12 @@ def _rules(what: What) -> list[tuple[str | None, Scheme | None]]:
     return [(None, Scheme.parse(what))]
 
 
-def _matches(pattern: str | None, names: list[str]) -> bool:
+def matches(pattern: str | None, names: list[str]) -> bool:
+    """Whether one of a layer's names matches a glob, a regular expression after ``re:``, or None (which always does).
+
+    Raises:
+        ValueError: no regular expression.
+    """
     if pattern is None:
         return True
     if pattern.startswith("re:"):
@@ -165,40 +185,46 @@ def _matches(pattern: str | None, names: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _choose(model: nn.Module, rules: list[tuple[str | None, Scheme | None]]) -> list[tuple[Candidate, Scheme | None]]:
-    """The scheme of each linear layer; every pattern matches something, and something is converted."""
+def choose(model: nn.Module, rules: list[tuple[str | None, _T | None]], verb: str) -> list[tuple[Candidate, _T | None]]:
+    """What the first matching rule says of each linear layer; None leaves it alone.
+
+    Args:
+        model: any module.
+        rules: pairs of a pattern (see :func:`matches`) and what it asks for.
+        verb: what is going to be done ("convert", "prune"), for messages.
+
+    Raises:
+        ValueError: a pattern matches no linear layer, a layer asked for by its exact name has an obstacle, or every
+            layer is left alone.
+    """
     layers = candidates(model)
     for pattern, _ in rules:
-        if not any(_matches(pattern, c.names) for c in layers):
+        if not any(matches(pattern, c.names) for c in layers):
             names = ", ".join(c.name for c in layers[:6]) + (", ..." if len(layers) > 6 else "")
             wanted = "" if pattern is None else f"pattern {pattern!r} matches no linear layer; "
             raise ValueError(f"{wanted}the model's linear layers are: {names or 'none'}")
-    chosen: list[tuple[Candidate, Scheme | None]] = []
+    chosen: list[tuple[Candidate, _T | None]] = []
     for layer in layers:
-        rule = next((rule for rule in rules if _matches(rule[0], layer.names)), (None, None))
+        rule = next((rule for rule in rules if matches(rule[0], layer.names)), (None, None))
         by_name = rule[0] in layer.names
         if by_name and rule[1] is not None and layer.obstacle:
-            raise ValueError(f"layer {layer.name!r} cannot be converted: {layer.obstacle}")
+            raise ValueError(f"layer {layer.name!r} cannot be {verb.rstrip('e')}ed: {layer.obstacle}")
         left = layer.obstacle is not None or (layer.tied_to is not None and not by_name)
         chosen.append((layer, None if left else rule[1]))
-    if all(scheme is None for _, scheme in chosen):
+    if all(asked is None for _, asked in chosen):
         reasons = {
             layer.name: layer.obstacle or (f"tied to {layer.tied_to}" if layer.tied_to else "None")
             for layer, _ in chosen
         }
-        raise ValueError(f"nothing to convert: {reasons}")
+        raise ValueError(f"nothing to {verb}: {reasons}")
     return chosen
 
 
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Forward hooks that someone put on the layer go on working."""
+    """Forward hooks that someone put on the layer go on working; a torch.nn.utils.prune mask is in the weight now."""
     for key, value in old.__dict__.items():
         if key.startswith(("_forward_", "_backward_")) and isinstance(value, dict):
-            new.__dict__[key] = value
+            hooks = {i: hook for i, hook in value.items() if not isinstance(hook, BasePruningMethod)}
+            # The very dict otherwise: a hook's handle removes it from there.
+            new.__dict__[key] = value if len(hooks) == len(value) else type(value)(hooks)
     new._is_full_backward_hook = old._is_full_backward_hook

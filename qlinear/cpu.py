@@ -7,16 +7,16 @@ token, so they win for few tokens; above that the float product of a dequantized
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qlinear import cpu_sparse
-from qlinear.bits import unpack_bits
+from qlinear.bits import e4m3_to_float, unpack_bits
 from qlinear.cpu_layout import from_plain, int4_tiles, row_order, zero_points
-from qlinear.format import Format
-from qlinear.layout import layout_of
+from qlinear.format import ROUNDED, Format
 from qlinear.packing import PackedWeight, expand_groups, scaled, signed
 
 _int4_mm: Callable[..., Tensor] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
@@ -27,12 +27,16 @@ INT4_TOKENS = 96
 INT8_TOKENS = 16
 #: Most tokens whose int8 values the weight-only operator multiplies; above it ``_int_mm`` is faster.
 W8A8_TOKENS = 2
+#: Most tokens the packed operators are given where a 16-bit copy of the weight is kept: where their times and those of
+#: `F.linear` cross on a line from 1 to 16 tokens (4096 x 4096 in `bench/results/cpu-matmul.json`: 5 for int8, 6 for
+#: int4).
+KEPT_TOKENS = 5
 #: Weights of one dequantized tile: 2 MB of bfloat16, so that a tile is still in cache when it is multiplied.
 _TILE_WEIGHTS = 1 << 20
 #: Floor of a token's largest magnitude: a zero row has zero values, whatever its scale.
 _SMALLEST = torch.tensor(1e-30)
-#: Levels of an int8 activation on either side of zero.
-_LEVELS = torch.tensor(127.0)
+#: What the largest magnitude of a token is rounded to, by the kind of number.
+_LARGEST = {number: torch.tensor(rounded.largest) for number, rounded in ROUNDED.items()}
 
 
 def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", columns: int = 32) -> tuple[str, str]:
@@ -42,6 +46,9 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", colu
     """
     if fmt.sparsity:
         return cpu_sparse.path(fmt, tokens)
+    if fmt.number == "e4m3":
+        rounded = "activations rounded to e4m3 per token; " if fmt.quantized_activations else ""
+        return "dequantize + F.linear", f"{rounded}no CPU operator for e4m3: saves memory, not time"
     if fmt.integer_activations and fmt.bits == 4:
         name, reason = path(fmt.weight_only, dtype, tokens, layout, columns)
         return name, f"int8 values held as floats, exactly; {reason}"
@@ -64,26 +71,30 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", colu
     return "dequantize + F.linear", f"cheaper above {few} tokens"
 
 
-def matmul(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    fmt: Format,
-    n: int,
-    index: Tensor | None = None,
-) -> Tensor:
+def few_tokens(fmt: Format, dtype: torch.dtype, layout: str) -> int:
+    """The most tokens for which the packed weight is faster than a 16-bit copy of it would be."""
+    return KEPT_TOKENS if path(fmt, dtype, 1, layout)[0].startswith("aten::") else 0
+
+
+def matmul(x: Tensor, packed: PackedWeight) -> Tensor:
     """``x @ W.T`` for x ``[M, K]`` and a packed weight in the plain or cpu layout; returns ``[M, N]`` in x's dtype."""
+    weight, scale, zero_point = packed.weight, packed.scale, packed.zero_point
+    fmt, n = packed.format, packed.out_features
     if x.shape[0] == 0:
         return x.new_empty(0, n)
-    if index is not None:
-        return cpu_sparse.matmul(x, PackedWeight(weight, scale, zero_point, fmt, n, x.shape[1], index).to_layout("cpu"))
-    name, _ = path(fmt, x.dtype, x.shape[0], layout_of(weight), x.shape[1])
+    if fmt.sparsity:
+        return cpu_sparse.matmul(x, packed.to_layout("cpu"))
+    if fmt.number == "e4m3" and fmt.quantized_activations:
+        values, token_scale = _round_activations(x, fmt.number)
+        # e4m3 is exact in every dtype, but float16 cannot hold a sum of its products.
+        held = torch.float32 if x.dtype == torch.float16 else x.dtype
+        return (_tiled_matmul(values.to(held), weight, scale, None, fmt, n) * token_scale).to(x.dtype)
+    name, _ = path(fmt, x.dtype, x.shape[0], packed.layout, x.shape[1])
     if fmt.integer_activations and fmt.bits == 4:
         # float16 cannot hold a sum of products of integers.
         held = torch.float32 if x.dtype == torch.float16 else x.dtype
         values, token_scale = _round_activations(x)
-        y = matmul(values.to(held), weight, scale, zero_point, fmt.weight_only, n)
+        y = matmul(values.to(held), replace(packed, format=fmt.weight_only))
         return (y * token_scale).to(x.dtype)
     if name == "aten::_weight_int4pack_mm_for_cpu":
         columns = weight.shape[1] * 2
@@ -104,31 +115,35 @@ def _pad(x: Tensor, columns: int) -> Tensor:
     return x.contiguous() if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, number: str = "int") -> tuple[Tensor, Tensor]:
     """Per-token symmetric int8: values int8 ``[M, K]`` and float32 scales ``[M, 1]``, ``x ~ values * scale``.
 
-    A zero row has zero values. A row with NaN or infinity gets a scale that is not finite, and so does its output row.
+    Where ``number`` is ``e4m3`` the values are float8_e4m3fn, the largest of a token 448. A zero row has zero values. A
+    row with NaN or infinity gets a scale that is not finite, and so does its output row.
     """
-    values, scale = _round_activations(x)
+    values, scale = _round_activations(x, number)
     # Contiguous, because _int_mm reads one row with the strides of a transposed view from the wrong places.
-    return values.to(torch.int8, memory_format=torch.contiguous_format), scale
+    return values.to(ROUNDED[number].dtype, memory_format=torch.contiguous_format), scale
 
 
-def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float, number: str = "int") -> tuple[Tensor, Tensor]:
     """:func:`quantize_activations` of ``x * gain / sqrt(mean(x**2) + eps)`` per token, in float32 throughout."""
     wide = x.float()
-    values, scale = quantize_activations(wide * gain.float())
+    values, scale = quantize_activations(wide * gain.float(), number)
     return values, scale / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-def _round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+def _round_activations(x: Tensor, number: str = "int") -> tuple[Tensor, Tensor]:
     """:func:`quantize_activations` with the values still in float32."""
     # Decoding one token is bound by the number of small operators and their kind: 0-dim tensors in the place of Python
     # numbers, and one cast to float32 first, take this from 58 to 37 us at K = 576.
     wide = x.float()
     # The floor keeps a zero row from dividing by zero; NaN passes through.
     largest = torch.maximum(torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True), _SMALLEST)
-    return (wide * torch.div(_LEVELS, largest)).round_(), torch.div(largest, _LEVELS)
+    levels = _LARGEST[number]
+    values = wide * torch.div(levels, largest)
+    values = values.to(torch.float8_e4m3fn).float() if number == "e4m3" else values.round_()
+    return values, torch.div(largest, levels)
 
 
 def _int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -159,9 +174,13 @@ def _tiled_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor |
         rows = slice(start, min(start + step, n))
         if weight.dtype == torch.int8:
             values = weight[rows, :k]
+        elif fmt.number == "e4m3":
+            values = unpack_bits(weight[rows], 8, k).view(torch.int8)
         else:
             zero = None if zeros is None else expand_groups(zeros[rows], fmt, k)
             values = signed(unpack_bits(weight[rows], fmt.bits, k), zero, fmt)
+        if fmt.number == "e4m3":
+            values = e4m3_to_float(values, x.dtype)
         # The scale goes on the product where that is one number a row, except in float16, which unscaled sums overflow.
         if fmt.group_size is None and x.dtype != torch.float16:
             torch.mul(F.linear(x, values.to(x.dtype)), scale[rows].view(-1), out=y[:, rows])

@@ -6,6 +6,7 @@
   becomes the largest smaller one that does, with repeated scales; where none does, K is padded to a multiple of 32.
 - int4 with float16 or float32 scales (or a scale of zero beside a zero point): stays plain. The packed operator
   would round the scales, and has no fast path there.
+- e4m3: ``weight`` int8 ``[N, K]``, the bits of the floats.
 - int8: ``weight`` int8 ``[N, K]`` signed; for w8a16 K is padded to a multiple of 32, because
   ``aten::_weight_int8pack_mm`` reads past the end of a row in bfloat16 otherwise.
 
@@ -34,7 +35,8 @@ def from_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     words, scale, zero = tensors
     if fmt.bits == 8:
         codes = unpack_bits(words, 8, k)
-        columns = -(-k // 32) * 32 if fmt.group_size is None and not fmt.integer_activations else k
+        padded = fmt.group_size is None and not fmt.quantized_activations and fmt.number == "int"
+        columns = -(-k // 32) * 32 if padded else k
         values = (codes.to(torch.int16) - fmt.offset).to(torch.int8)
         return torch.nn.functional.pad(values, (0, columns - k)), scale, zero
     if scale.dtype != torch.bfloat16:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from qlinear import ops, reference
+from qlinear import paths, reference
+from qlinear.cache import cache_folder
 from qlinear.format import FORMATS, Format
 from qlinear.layout import native_layout
 from qlinear.packing import pack
@@ -19,9 +20,13 @@ from qlinear.tables import table
 _PACKAGES = ("qlinear", "torch", "triton", "numpy", "safetensors", "transformers", "accelerate", "gguf")
 
 
+#: in_features and out_features of the layer whose paths are told; ``inspect`` tells them for a model's own.
+_LAYER = (4096, 4096)
+
+
 @dataclass(frozen=True)
 class Check:
-    """One scheme on one device in one dtype: its paths by the tokens each begins at, and its error against float64."""
+    """One scheme on one device in one dtype: paths by the tokens each begins at, and its error against float64."""
 
     scheme: str
     device: str
@@ -41,6 +46,8 @@ class Diagnosis:
     versions: dict[str, str]
     devices: list[str]
     checks: list[Check]
+    #: Of each GPU, and what is kept.
+    tuned: list[str]
 
     @property
     def ok(self) -> bool:
@@ -48,17 +55,24 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         checks = [{**asdict(check), "ok": check.ok} for check in self.checks]
-        return {"ok": self.ok, "versions": self.versions, "devices": self.devices, "schemes": checks}
+        return {
+            "ok": self.ok,
+            "versions": self.versions,
+            "devices": self.devices,
+            "tuned": self.tuned,
+            "schemes": checks,
+        }
 
     def __str__(self) -> str:
         lines = [f"{name:<14}{version}" for name, version in self.versions.items()]
         lines += [f"device        {device}" for device in self.devices]
-        header = ("scheme", "device", "dtype", "error", "path", "why")
+        lines += [f"tuned         {line}" for line in self.tuned]
+        header = ("scheme", "device", "dtype", "error", f"path of a layer of {_LAYER[1]} x {_LAYER[0]}", "why")
         rows = []
         for check in self.checks:
             error = f"{check.relative_error:.1e} {'ok' if check.ok else f'ABOVE {check.bound:g}'}"
-            paths = ops.describe_paths(check.paths)
-            rows.append((check.scheme, check.device, check.dtype, error, paths, check.reason))
+            ways = paths.describe_paths(check.paths)
+            rows.append((check.scheme, check.device, check.dtype, error, ways, check.reason))
         return "\n".join([*lines, "", table(header, rows)])
 
 
@@ -67,7 +81,7 @@ def diagnose() -> Diagnosis:
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     dtypes = (torch.bfloat16, torch.float32)
     checks = [_check(fmt, device, dtype) for device in kinds for dtype in dtypes for fmt in FORMATS.values()]
-    return Diagnosis(versions(), devices(), checks)
+    return Diagnosis(versions(), devices(), checks, tuned_tables())
 
 
 def versions() -> dict[str, str]:
@@ -95,6 +109,22 @@ def devices() -> list[str]:
     return found
 
 
+def tuned_tables() -> list[str]:
+    """One line for each GPU on its table of measured configurations, and one on all that is kept."""
+    found = []
+    if importlib.util.find_spec("triton"):
+        from qlinear.kernels.tuned import table_of
+
+        for i in range(torch.cuda.device_count()):
+            table = table_of(i)
+            what = f"{len(table.configs)} configurations and {len(table.crossovers)} crossovers, of {table.path}"
+            nothing = "none; configurations and crossovers are by count (`qlinear tune` measures them)"
+            found.append(f"cuda:{i}: {what if table.path else nothing}")
+    folder = cache_folder() / "tuned"
+    count = len(list(folder.glob("*.json")))
+    return [*found, f"{count} {'table' if count == 1 else 'tables'} kept in {folder}"]
+
+
 def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(192, 576, generator=generator).to(dtype)
@@ -109,13 +139,14 @@ def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:
         fmt.name,
         packed.in_features,
         packed.out_features,
-        packed.index,
+        index=packed.index,
     )
     wanted = reference.matmul(x, pack(weight, fmt.name, layout="plain", prune="magnitude"))
     error = ((y.cpu().double() - wanted).norm() / wanted.norm()).item()
-    paths = ops.paths(fmt, dtype, device, packed.layout)
-    reason = ops.path(fmt, dtype, 1, device, packed.layout)[1]
-    return Check(fmt.name, device, str(dtype).removeprefix("torch."), paths, reason, error, fmt.max_error(dtype))
+    where = (packed.device, packed.layout, *_LAYER)
+    ways = paths.paths(fmt, dtype, *where)
+    reason = paths.path(fmt, dtype, 1, *where)[1]
+    return Check(fmt.name, device, str(dtype).removeprefix("torch."), ways, reason, error, fmt.max_error(dtype))
 
 
 def native_path(device: torch.device) -> str:

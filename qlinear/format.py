@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,15 +19,26 @@ BLOCK_K = 128
 TILE_N = 64
 
 _GRAMMAR = re.compile(
-    r"w(?P<weight>\d+)a(?P<activation>\d+)(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?(?P<asym>-asym)?"
+    r"(?:w(?P<weight>\d+)a(?P<activation>\d+)(?P<fp8>-fp8)?|(?P<short>fp8))"
+    r"(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?(?P<asym>-asym)?"
     r"(?:-(?P<sparsity>2:4|block\d+|unstructured))?"
 )
-_GRAMMAR_TEXT = "w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>|-unstructured]"
-
+_GRAMMAR_TEXT = "w<bits>a<bits>[-fp8][-g<size>|-channel][-asym][-2:4|-block<size>|-unstructured]"
 
 _Shape = tuple[int, ...]
 #: weight, scale, zero_point and index in the plain layout; all int32 but the scale. None: there is no such tensor.
 PlainShapes = tuple[_Shape, _Shape, _Shape | None, _Shape | None]
+
+
+class Rounded(NamedTuple):
+    """What the numbers of a token are rounded to: a dtype of 8 bits, and what the largest magnitude becomes."""
+
+    dtype: torch.dtype
+    largest: float
+
+
+#: By :attr:`Format.number`.
+ROUNDED = {"int": Rounded(torch.int8, 127.0), "e4m3": Rounded(torch.float8_e4m3fn, 448.0)}
 
 
 @dataclass(frozen=True)
@@ -34,8 +46,11 @@ class Format:
     """How one weight ``[N, K]`` (out_features, in_features) is stored. Pure data; the properties follow from it.
 
     A code is an unsigned integer of ``bits`` bits; its value is ``(code - zero_point) * scale``, where a symmetric
-    format has the constant zero point ``offset``. Scales (and zero points) belong to ``group_size`` neighbours
-    along K, or to a whole row where ``group_size`` is None. The last group of a row may be short.
+    format has the constant zero point ``offset``. Where ``number`` is ``e4m3`` a code is the bits of an 8-bit float
+    (OCP 8-bit Floating Point Specification, E4M3: sign, 4 bits of exponent, 3 of mantissa, up to 448, no infinity;
+    ``torch.float8_e4m3fn``), and its value is that float times the scale. Scales (and zero points) belong to
+    ``group_size`` neighbours along K, or to a whole row where ``group_size`` is None. The last group of a row may be
+    short.
     """
 
     name: str
@@ -44,17 +59,23 @@ class Format:
     group_size: int | None
     symmetric: bool
     #: Key of the decoder in :mod:`qlinear.kernels.decode`: ``planar4``, ``planar8`` (16-bit words), ``nibbles8`` or
-    #: ``rows8`` (bytes, for int8 products), ``rows16`` (floats as they are).
+    #: ``rows8`` (bytes, for int8 products), ``planar_e4m3`` and ``rows_e4m3`` (the same two orders, of e4m3 bits),
+    #: ``rows16`` (16-bit floats as they are).
     packing: str
+    #: What a code is: ``int``, ``e4m3`` for an 8-bit float, or ``float`` for a 16-bit float that has no scale.
+    number: str = "int"
     #: Which weights are stored (see :mod:`qlinear.sparse`): None for all, ``2:4``, ``block64`` or ``unstructured``.
     sparsity: str | None = None
-    #: What a stored value is: ``int`` for a code, ``float`` for a 16-bit float that has no scale.
-    number: str = "int"
 
     @property
     def offset(self) -> int:
-        """The code of zero in a symmetric format: 8 for int4, 128 for int8."""
-        return 1 << (self.bits - 1)
+        """The code of zero in a symmetric format: 8 for int4, 128 for int8, 0 for e4m3."""
+        return 0 if self.number == "e4m3" else 1 << (self.bits - 1)
+
+    @property
+    def largest(self) -> int:
+        """What absmax is rounded to in a symmetric format: 7 for int4, 127 for int8, 448 for e4m3."""
+        return 448 if self.number == "e4m3" else self.offset - 1
 
     @property
     def max_code(self) -> int:
@@ -66,8 +87,13 @@ class Format:
         return 16 // self.bits
 
     @property
-    def integer_activations(self) -> bool:
+    def quantized_activations(self) -> bool:
+        """Whether activations are rounded to 8 bits, per token, to the kind of number that weights are."""
         return self.activation_bits == 8
+
+    @property
+    def integer_activations(self) -> bool:
+        return self.quantized_activations and self.number == "int"
 
     @property
     def integer_sums(self) -> bool:
@@ -91,7 +117,7 @@ class Format:
     @property
     def weight_only(self) -> Format:
         """The format of the same weight for 16-bit activations."""
-        return FORMATS[self.name.replace("a8", "a16")]
+        return Scheme(self.bits, 16, self.group_size, self.symmetric, self.sparsity, self.number).format
 
     def groups(self, in_features: int) -> int:
         """Scales in one row of ``in_features`` weights."""
@@ -160,7 +186,6 @@ class Format:
         """The dtype scales are stored in: the weight's own, except that grouped or asymmetric float32 becomes float16.
 
         Rounding happens after the scale is rounded, so a 16-bit scale costs next to nothing; it halves the scales.
-        Where there are no scales (``number`` is ``float``) it is the dtype of the stored values: 16 bits.
         """
         if weight_dtype in (torch.float16, torch.bfloat16):
             return weight_dtype
@@ -180,6 +205,8 @@ def _supported() -> dict[str, Format]:
     formats = [Format("w8a8", 8, 8, None, True, "rows8"), Format("w8a16", 8, 16, None, True, "planar8")]
     formats += [Format("w4a8", 4, 8, 128, True, "nibbles8"), Format("w4a8-channel", 4, 8, None, True, "nibbles8")]
     formats += [Format(f"w8a16-g{g}", 8, 16, g, True, "planar8") for g in (32, 64, 128)]
+    formats.append(Format("fp8", 8, 8, None, True, "rows_e4m3", number="e4m3"))
+    formats.append(Format("w8a16-fp8", 8, 16, None, True, "planar_e4m3", number="e4m3"))
     for symmetric, suffix in ((True, ""), (False, "-asym")):
         for group, infix in ((128, ""), (64, "-g64"), (32, "-g32"), (None, "-channel")):
             formats.append(Format(f"w4a16{infix}{suffix}", 4, 16, group, symmetric, "planar4"))
@@ -188,14 +215,14 @@ def _supported() -> dict[str, Format]:
 
 def _sparse() -> list[Format]:
     formats = [
-        Format("w4a16-2:4", 4, 16, 128, True, "planar4", "2:4"),
-        Format("w4a16-asym-2:4", 4, 16, 128, False, "planar4", "2:4"),
+        Format("w4a16-2:4", 4, 16, 128, True, "planar4", sparsity="2:4"),
+        Format("w4a16-asym-2:4", 4, 16, 128, False, "planar4", sparsity="2:4"),
         # A group is a row of a block: no scale is stored where no block is.
-        Format("w4a16-block64", 4, 16, 64, True, "planar4", "block64"),
+        Format("w4a16-block64", 4, 16, 64, True, "planar4", sparsity="block64"),
     ]
     for sparsity in ("2:4", "block64", "unstructured"):
-        formats.append(Format(f"w8a16-{sparsity}", 8, 16, None, True, "planar8", sparsity))
-        formats.append(Format(f"w16a16-{sparsity}", 16, 16, None, True, "rows16", sparsity, "float"))
+        formats.append(Format(f"w8a16-{sparsity}", 8, 16, None, True, "planar8", sparsity=sparsity))
+        formats.append(Format(f"w16a16-{sparsity}", 16, 16, None, True, "rows16", "float", sparsity))
     return formats
 
 
@@ -214,11 +241,12 @@ def _default_group(bits: int, sparsity: str | None) -> int | None:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a user asks for: weight and activation bits, granularity, symmetry, sparsity.
+    """What a user asks for: weight and activation bits, granularity, symmetry, sparsity, kind of number.
 
-    The grammar is ``w<bits>a<bits>[-g<size>|-channel][-asym][-2:4|-block<size>|-unstructured]``; ``w4a16`` means
-    group_size 128 (in blocks that of a block) and ``w8a16`` one scale per output channel. ``str(Scheme.parse(s))`` is
-    the canonical name, and parses to the same scheme.
+    The grammar is ``w<bits>a<bits>[-fp8][-g<size>|-channel][-asym][-2:4|-block<size>|-unstructured]``; ``w4a16`` means
+    group_size 128 (in blocks that of a block) and ``w8a16`` one scale per output channel. ``-fp8`` means 8-bit floats
+    (e4m3) in the place of integers, and ``fp8`` alone is short for ``w8a8-fp8``: weights per output channel,
+    activations per token. ``str(Scheme.parse(s))`` is the canonical name, and parses to the same scheme.
 
     Raises:
         ValueError: the scheme cannot be parsed or does not exist; the message lists those that do.
@@ -229,6 +257,7 @@ class Scheme:
     group_size: int | None = None
     symmetric: bool = True
     sparsity: str | None = None
+    number: str = "int"
 
     def __post_init__(self) -> None:
         if str(self) not in FORMATS:
@@ -246,14 +275,17 @@ class Scheme:
             raise ValueError(
                 f"scheme {text!r} is not of the form {_GRAMMAR_TEXT}; the schemes are: {', '.join(FORMATS)}"
             )
-        bits = int(match["weight"])
+        number = "e4m3" if match["fp8"] or match["short"] else "int"
+        bits, activation_bits = (8, 8) if match["short"] else (int(match["weight"]), int(match["activation"]))
         group = int(match["group"]) if match["group"] else None
         if group is None and not match["channel"]:
             group = _default_group(bits, match["sparsity"])
-        return cls(bits, int(match["activation"]), group, not match["asym"], match["sparsity"])
+        number = "float" if bits == 16 else number
+        return cls(bits, activation_bits, group, not match["asym"], match["sparsity"], number)
 
     def __str__(self) -> str:
-        name = f"w{self.weight_bits}a{self.activation_bits}"
+        name = f"w{self.weight_bits}a{self.activation_bits}" + ("-fp8" if self.number == "e4m3" else "")
+        name = "fp8" if name == "w8a8-fp8" else name
         if self.group_size != _default_group(self.weight_bits, self.sparsity):
             name += "-channel" if self.group_size is None else f"-g{self.group_size}"
         return name + ("" if self.symmetric else "-asym") + (f"-{self.sparsity}" if self.sparsity else "")

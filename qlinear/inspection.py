@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qlinear.conversion import candidates
 from qlinear.linear import QLinear
-from qlinear.ops import describe_paths, paths
+from qlinear.paths import describe_paths, paths
 from qlinear.tables import human_bytes, table
 
 
@@ -27,9 +27,18 @@ class Row:
     reason: str | None
     #: How the layer multiplies where it is now, by the number of tokens each way begins at; None where it is in float.
     paths: dict[int, str] | None = None
-    #: A dense scheme that holds every weight in no more bytes than this sparse one holds the kept ones; None where
-    #: there is none.
+    #: The dtype of a kept 16-bit copy, whose bytes are in ``bytes_after``; None where there is none.
+    kept_copy: str | None = None
+    #: A dense scheme that holds every weight in no more bytes than this sparse one the kept ones; None: there is none.
     smaller_dense: str | None = None
+
+    @property
+    def note(self) -> str:
+        """Why it is in float, or how it is stored."""
+        if self.reason is not None:
+            return self.reason
+        smaller = f"; dense {self.smaller_dense} would be no larger" if self.smaller_dense else ""
+        return f"{self.layout} layout" + (f", {self.kept_copy} copy" if self.kept_copy else "") + smaller
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,12 @@ class Inspection:
     def __str__(self) -> str:
         lines = [
             (row.name, "x".join(map(str, row.shape)), row.scheme or "float", human_bytes(row.bytes_before),
-             human_bytes(row.bytes_after), row.reason or _note(row))
+             human_bytes(row.bytes_after), row.note)
             for row in self.rows
         ]  # fmt: skip
         ratio = self.bytes_before / max(self.bytes_after, 1)
-        note = f"{len(self.quantized)} of {len(self.rows)} quantized, {ratio:.2f}x smaller"
+        change = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
+        note = f"{len(self.quantized)} of {len(self.rows)} quantized, {change}"
         lines.append(("total", "", "", human_bytes(self.bytes_before), human_bytes(self.bytes_after), note))
         header = ("parameter", "shape", "scheme", "before", "after", "note")
         return table(header, lines, right=(3, 4), rule_before_last=True) + self._paths()
@@ -80,7 +90,7 @@ def inspect(model: nn.Module) -> Inspection:
     """Lists every parameter of a model: its scheme and bytes before and after, or the reason it was left in float.
 
     Parameters shared by several modules are listed once, under their first name. Packed weights count everything
-    they hold in memory: codes, scales, zero points and padding.
+    they hold in memory: codes, scales, zero points, padding and a kept 16-bit copy.
     """
     reasons = {
         id(c.module): c.obstacle or (f"tied to {c.tied_to}" if c.tied_to else "not asked for")
@@ -101,17 +111,17 @@ def inspect(model: nn.Module) -> Inspection:
 def _packed_row(name: str, layer: QLinear) -> Row:
     shape = (layer.out_features, layer.in_features)
     before = layer.out_features * layer.in_features * layer.float_dtype.itemsize
-    dtype = layer.compute_dtype or layer.float_dtype
-    ways = paths(layer.format, dtype, layer.weight_packed.device.type, layer.layout, layer.in_features)
+    dense = layer.weight_dense
+    dtype = layer.compute_dtype or (layer.float_dtype if dense is None else dense.dtype)
+    kept = dense is not None and dense.dtype == dtype
+    ways = paths(
+        layer.format, dtype, layer.weight_packed.device, layer.layout, layer.in_features, layer.out_features, kept
+    )
     name = f"{name}.weight" if name else "weight"
     smaller = layer.format.smaller_dense(*shape, layer.packed.density) if layer.format.sparsity else None
     smaller_name = None if smaller is None else smaller.name
-    return Row(name, shape, layer.scheme, before, layer.packed.nbytes, layer.layout, None, ways, smaller_name)
-
-
-def _note(row: Row) -> str:
-    note = f"{row.layout} layout"
-    return note if row.smaller_dense is None else f"{note}; dense {row.smaller_dense} would be no larger"
+    copy = None if dense is None else str(dense.dtype).removeprefix("torch.")
+    return Row(name, shape, layer.scheme, before, layer.nbytes, layer.layout, None, ways, copy, smaller_name)
 
 
 def _float_row(name: str, parameter: Tensor, reason: str) -> Row:

@@ -11,6 +11,7 @@ weights:
 - ``nibbles8``: int8 words ``[N/64, K/128, 64, 64]`` for int8 x int8 products; word ``i`` holds in its lower nibble the
   value (signed) of ``k = 128*block + i``, in its upper one that of ``k = 128*block + 64 + i``.
 - ``rows8``: int8 values ``[N/64, K/128, 64, 128]`` in natural order, for int8 x int8 products.
+- ``planar_e4m3``, ``rows_e4m3``: ``planar8`` and ``rows8`` with the bits of e4m3 in the place of the byte.
 - scales ``[N/64, G, 64]``, G counted on the padded K (1 per channel); where the format is asymmetric ``[N/64, G/C,
   64, 2 * C]`` holds for a row scale and zero point (exact in 16 bit) of each of the C groups of a block in turn, so
   that one load brings all of them. Padded rows and groups have scale 0.
@@ -53,6 +54,8 @@ def convert(tensors: Tensors, source: str, target: str, fmt: Format, n: int, k: 
     """Converts between two layouts, through ``plain``."""
     if source == target:
         return tensors
+    if source == "plain" and fmt.number == "e4m3":
+        _refuse_nan(tensors[0])
     if source == "triton":
         tensors = _from_triton(tensors, fmt, n, k)
     elif source == "cpu":
@@ -60,6 +63,13 @@ def convert(tensors: Tensors, source: str, target: str, fmt: Format, n: int, k: 
     if target == "triton":
         return _to_triton(tensors, fmt, n, k)
     return cpu_layout.from_plain(tensors, fmt, n, k) if target == "cpu" else tensors
+
+
+def _refuse_nan(words: Tensor) -> None:
+    """What multiplies moves the bits of e4m3 to a wider float, which has more numbers in the place of its NaN."""
+    count = int((words.view(torch.uint8).bitwise_and(0x7F) == 0x7F).sum())
+    if count:
+        raise ValueError(f"the weight holds NaN {count} times; a quantized weight is finite")
 
 
 def _pad(t: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
@@ -77,7 +87,7 @@ def _to_triton(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     # as well.
     codes = _pad(unpack_bits(words, fmt.bits, k), rows, columns, fmt.offset)
     tiles = codes.view(rows // TILE_N, TILE_N, columns // BLOCK_K, BLOCK_K).transpose(1, 2)
-    if fmt.packing == "rows8":
+    if fmt.packing.startswith("rows"):
         weight = (tiles.to(torch.int16) - fmt.offset).to(torch.int8).contiguous()
     elif fmt.packing == "nibbles8":
         # A signed nibble is its code with the highest bit turned.
@@ -116,7 +126,7 @@ def unpack_planes(words: Tensor, bits: int) -> Tensor:
 
 def _from_triton(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     weight, scale, zero = tensors
-    if fmt.packing == "rows8":
+    if fmt.packing.startswith("rows"):
         tiles = (weight.to(torch.int16) + fmt.offset).to(torch.uint8)
     elif fmt.packing == "nibbles8":
         nibbles = weight.view(torch.uint8)

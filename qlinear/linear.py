@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,25 +10,12 @@ from torch import Tensor, nn
 
 from qlinear import layout as layouts
 from qlinear import ops, sparse
-from qlinear.format import Format, Scheme
+from qlinear.float_layers import float_tensor, is_conv1d
+from qlinear.format import FORMATS, Format, Scheme
 from qlinear.packing import PackedWeight, pack_codes, patterned
 from qlinear.quantize import quantize
 
 _BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_index")
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is Hugging Face's ``Conv1D`` (GPT-2): a linear layer whose weight is ``[in, out]``."""
-    library = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and isinstance(module, library.Conv1D)
-
-
-def float_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of an ``nn.Linear`` or ``Conv1D``."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    n, k = reversed(weight.shape) if is_conv1d(module) else weight.shape
-    return n, k
 
 
 class QLinear(nn.Module):
@@ -55,6 +41,8 @@ class QLinear(nn.Module):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     weight_index: Tensor | None
+    #: The 16-bit copy of :meth:`keep_dense`; None where there is none.
+    weight_dense: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -72,6 +60,8 @@ class QLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.scheme = str(Scheme.parse(scheme))
         self.float_dtype, self.compute_dtype = dtype, compute_dtype
+        #: Whether it stands for a Hugging Face ``Conv1D``, whose own weight is ``[in, out]``.
+        self.from_conv1d = False
         fmt = self.format
         # Where the number of stored blocks or weights is up to the weight there are none yet: all of it is zero.
         weight, scale, zero, index = fmt.plain_shapes(out_features, in_features)
@@ -79,6 +69,9 @@ class QLinear(nn.Module):
         self.register_buffer("weight_scale", _empty(scale, fmt.scale_dtype(compute_dtype or dtype), device))
         self.register_buffer("weight_zero_point", None if zero is None else _empty(zero, torch.int32, device))
         self.register_buffer("weight_index", None if index is None else _empty(index, torch.int32, device).zero_())
+        # No buffer: it is made anew from the codes wherever the layer goes.
+        self.weight_dense = None
+        self.dense_dtype: torch.dtype | None = None
         self.bias = nn.Parameter(_empty((out_features,), dtype, device)) if bias else None
 
     @classmethod
@@ -101,7 +94,9 @@ class QLinear(nn.Module):
         conv1d = is_conv1d(linear)
         if not (conv1d or isinstance(linear, nn.Linear)):
             raise TypeError(f"QLinear is made from nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
-        weight: Tensor = linear.weight.detach()  # type: ignore[operator]  # a Parameter, typed as Tensor | Module
+        weight, bias = float_tensor(linear), float_tensor(linear, "bias")
+        assert weight is not None
+        weight = weight.detach()
         if weight.is_meta:
             raise ValueError("the weight is on the meta device: it has no data to quantize; load the model first")
         if conv1d:
@@ -111,13 +106,14 @@ class QLinear(nn.Module):
         source = weight if compute_dtype is None else weight.to(compute_dtype)
         source = patterned(source, self.format, prune)
         self._set(pack_codes(quantize(source, self.format), self.format))
-        self.bias = linear.bias  # type: ignore[assignment]
+        self.from_conv1d = conv1d
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         self.prepare()
         return self.train(linear.training)
 
     @property
     def format(self) -> Format:
-        return Scheme.parse(self.scheme).format
+        return FORMATS[self.scheme]
 
     @property
     def packed(self) -> PackedWeight:
@@ -150,17 +146,7 @@ class QLinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
         if compute is not None and x.dtype != compute:
             x = x.to(compute)
-        y = ops.linear(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            self.scheme,
-            self.in_features,
-            self.out_features,
-            self.weight_index,
-        )
+        y = ops.linear(x, self.packed, self.bias, self.weight_dense)
         return y if y.dtype == dtype else y.to(dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -173,12 +159,53 @@ class QLinear(nn.Module):
             self._set(self.packed.to_layout())
             if self.layout == "triton":
                 ops.reserve(self.weight_packed.device)
+        if self.dense_dtype is not None and self.weight_dense is None and not self.weight_packed.is_meta:
+            self.weight_dense = self.dequantize(self.dense_dtype).contiguous()
         return self
 
     def unprepare(self) -> QLinear:
-        """Puts the weight back into the plain layout, bit for bit."""
+        """Puts the weight back into the plain layout, bit for bit; a kept 16-bit copy is dropped until ``prepare``."""
         self._set(self.packed.to_layout("plain"))
+        self.weight_dense = None
         return self
+
+    def keep_dense(self, dtype: torch.dtype | None = None) -> QLinear:
+        """Prepares the layer and keeps a 16-bit copy of its weight, for many tokens: long prompts, large batches.
+
+        Few tokens are multiplied by the packed weight as before; from where the vendor's 16-bit product is faster
+        (``inspect`` says where) they are multiplied by the copy, as fast as in ``nn.Linear``. It costs 2 bytes a
+        weight: the layer then takes more memory than it did in 16 bit. The copy is never saved, copied or pickled;
+        ``unprepare`` drops it, and ``prepare`` and moves to another device or 16-bit dtype make it anew.
+
+        Args:
+            dtype: float16 or bfloat16, used for inputs of that dtype; None is the dtype the layer computes in.
+
+        Raises:
+            ValueError: another dtype, or a scheme that quantizes activations, which a 16-bit product would not.
+        """
+        dtype = dtype or self.compute_dtype or self.float_dtype
+        if self.format.quantized_activations:
+            raise ValueError(f"{self.scheme} quantizes activations, a product with a 16-bit copy would not; use w8a16")
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"a kept copy is float16 or bfloat16, got {dtype}: see compute_dtype")
+        if dtype != self.dense_dtype:
+            self.dense_dtype, self.weight_dense = dtype, None
+        return self.prepare()
+
+    def drop_dense(self) -> QLinear:
+        """Drops the copy that :meth:`keep_dense` made."""
+        self.dense_dtype = self.weight_dense = None
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight in memory: codes, scales, zero points, padding, and a kept copy."""
+        return self.packed.nbytes + (0 if self.weight_dense is None else self.weight_dense.nbytes)
+
+    @property
+    def _prepared(self) -> bool:
+        """Whether ``prepare`` changed anything here; float16 on a CPU has no other layout than the plain one."""
+        return self.layout != "plain" or self.weight_dense is not None
 
     def _set(self, packed: PackedWeight) -> None:
         self.weight_packed, self.weight_scale, self.weight_zero_point, self.weight_index = packed.tensors
@@ -187,7 +214,12 @@ class QLinear(nn.Module):
         probe = fn(self.weight_packed.new_empty(0))
         if probe.dtype != self.weight_packed.dtype:
             raise ValueError(f"packed weights cannot become {probe.dtype}; use .to(dtype), which leaves them alone")
-        prepared = self.layout != "plain"
+        prepared = self._prepared
+        # A copy in another dtype is made from the codes, not rounded twice; products in float32 have no use for one.
+        dense, self.weight_dense = self.weight_dense, None
+        if dense is not None and self.compute_dtype is None:
+            moved = fn(dense.new_empty(0)).dtype
+            self.dense_dtype = moved if moved.itemsize == 2 else None
         if prepared and probe.device != self.weight_packed.device:
             self.unprepare()
         # Seen as integers, scales pass through casts to another float dtype untouched.
@@ -208,7 +240,7 @@ class QLinear(nn.Module):
                     destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        prepared = self.layout != "plain"
+        prepared = self._prepared
         if prepared:
             self.unprepare()
         if self.weight_index is not None:
@@ -228,27 +260,21 @@ class QLinear(nn.Module):
             ValueError: its index contradicts itself or the weight; the message names the layer.
         """
         given = [state_dict.get(prefix + name) for name in _BUFFERS]
-        weight, index = given[0], given[3]
-        if not isinstance(weight, Tensor) or not isinstance(index, Tensor) or weight.dtype != torch.int32:
-            return  # missing: nn.Module says so
-        fmt, n, k = self.format, self.out_features, self.in_features
         try:
-            count = 0 if weight.is_meta or index.is_meta else sparse.stored(weight, index, fmt, n, k)
+            shapes = sparse.shapes_of(given, self.format, self.out_features, self.in_features)
         except ValueError as error:
             raise ValueError(f"layer {prefix.removesuffix('.')!r}: {error}") from None
-        shapes = fmt.plain_shapes(n, k, count)
-        # Nothing changes unless everything fits; what does not is nn.Module's to tell.
-        if all(shape is None or (t is not None and t.shape == shape) for t, shape in zip(given, shapes, strict=True)):
-            for name, shape in zip(_BUFFERS, shapes, strict=True):
-                own = getattr(self, name)
-                if own is not None and own.shape != shape:
-                    setattr(self, name, own.new_empty(shape))
+        for name, shape in zip(_BUFFERS, shapes or (), strict=shapes is not None):
+            own = getattr(self, name)
+            if own is not None and own.shape != shape:
+                setattr(self, name, own.new_empty(shape))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         plain = self.packed.to_layout("plain")
         state["_buffers"] = {**self._buffers, **dict(zip(_BUFFERS, plain.tensors, strict=True))}
-        state["_was_prepared"] = self.layout != "plain"
+        state["weight_dense"] = None
+        state["_was_prepared"] = self._prepared
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -260,7 +286,7 @@ class QLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme={self.scheme}, layout={self.layout}, bytes={self.packed.nbytes}"
+            f"scheme={self.scheme}, layout={self.layout}, bytes={self.nbytes}"
         )
 
 

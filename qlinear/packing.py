@@ -109,7 +109,8 @@ def dequantize_codes(
 ) -> Tensor:
     """``(code - zero_point) * scale`` for uint8 codes ``[N, K]`` and scales ``[N, G]``, rounded to ``dtype`` once.
 
-    Codes that are floats are the weights themselves.
+    Where codes are the bits of e4m3 there is no zero point: that float times the scale. Codes
+    that are 16-bit floats are the weights themselves.
     """
     if fmt.number == "float":
         return codes.to(dtype)
@@ -119,7 +120,7 @@ def dequantize_codes(
 
 
 def scaled(values: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
-    """int8 values ``[N, K]`` times their scales ``[N, G]``, in ``dtype``."""
+    """int8 or e4m3 values ``[N, K]`` times their scales ``[N, G]``, in ``dtype``."""
     n, k = values.shape
     size = fmt.group_size or k
     values = torch.nn.functional.pad(values, (0, scale.shape[1] * size - k))
@@ -132,7 +133,9 @@ def expand_groups(per_group: Tensor, fmt: Format, in_features: int) -> Tensor:
 
 
 def signed(codes: Tensor, zero_point: Tensor | None, fmt: Format) -> Tensor:
-    """``code - zero_point`` as int8, for uint8 codes and zero points (None: the format's offset)."""
+    """``code - zero_point`` as int8, for uint8 codes and zero points (None: the format's offset); or the e4m3 value."""
+    if fmt.number == "e4m3":
+        return codes.view(torch.float8_e4m3fn)
     if fmt.bits == 8:
         return (codes ^ fmt.offset).view(torch.int8)
     return codes.view(torch.int8) - (fmt.offset if zero_point is None else zero_point.view(torch.int8))

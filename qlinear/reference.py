@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlinear.format import ROUNDED
 from qlinear.packing import PackedWeight
 
 
@@ -15,11 +16,14 @@ def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tenso
 
 
 def activations(x: Tensor, packed: PackedWeight) -> Tensor:
-    """The activations as the format multiplies them, in float64: rounded to 127 levels per token in W8A8."""
-    if not packed.format.integer_activations:
+    """The activations as the format multiplies them, in float64: rounded per token in W8A8, W4A8 and fp8."""
+    fmt = packed.format
+    if not fmt.quantized_activations:
         return x.double()
-    # The scale is float32 by definition of the format; a quotient that falls on a half is rounded to even.
+    dtype, levels = ROUNDED[fmt.number]
+    # The scale is float32 by definition of the format; a quotient between two numbers of it is rounded to even.
     largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    # A true division: `127 / largest` would be a rounded reciprocal times 127.
-    values = (x.float() * torch.div(torch.tensor(127.0), largest)).round()
-    return values.double() * (largest / 127).double()
+    # A true division: `levels / largest` would be a rounded reciprocal times levels.
+    values = x.float() * torch.div(torch.tensor(levels), largest)
+    values = values.clamp(-levels, levels).to(dtype) if fmt.number == "e4m3" else values.round()
+    return values.double() * (largest / levels).double()

@@ -19,12 +19,14 @@ exactly zero (in an asymmetric format: the zero point of its group). In the plai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qlinear.bits import pack_bits, unpack_bits
-from qlinear.format import Format
+from qlinear.format import Format, PlainShapes
 from qlinear.quantize import Codes
 
 #: The nibble of every set of non-zeros in a group of four (bit i: position i); 0 where there are more than two.
@@ -169,6 +171,21 @@ def stored(weight: Tensor, index: Tensor, fmt: Format, n: int, k: int) -> int:
     if not torch.equal(index[:, 0].long(), counts.cumsum(0) - counts):
         raise ValueError(f"the row offsets of a {fmt} weight [{n}, {k}] do not fit its bits")
     return int(counts.sum())
+
+
+def shapes_of(tensors: Sequence[object], fmt: Format, n: int, k: int) -> PlainShapes | None:
+    """The shapes of plain tensors (weight, scale, zero_point, index) from a checkpoint; None where they do not fit.
+
+    Raises:
+        ValueError: the index contradicts itself or the weight.
+    """
+    weight, index = tensors[0], tensors[3]
+    if not isinstance(weight, Tensor) or not isinstance(index, Tensor) or weight.dtype != torch.int32:
+        return None
+    count = 0 if weight.is_meta or index.is_meta else stored(weight, index, fmt, n, k)
+    shapes = fmt.plain_shapes(n, k, count)
+    fits = (s is None or (isinstance(t, Tensor) and t.shape == s) for t, s in zip(tensors, shapes, strict=True))
+    return shapes if all(fits) else None
 
 
 def check_pattern(weight: Tensor, fmt: Format) -> None:

@@ -1,4 +1,4 @@
-"""What programs put out: aligned text tables, human sizes, JSON files."""
+"""What programs put out: aligned text tables, human sizes, JSON files; and rules as they take them in."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def by_pattern(rules: Iterable[str]) -> dict[str, str | None]:
+    """``["lm_head=none", "w8a16"]`` as ``{"lm_head": None, "*": "w8a16"}``: rules as a command line takes them."""
+    found: dict[str, str | None] = {}
+    for rule in rules:
+        pattern, _, value = rule.rpartition("=")
+        found[pattern or "*"] = None if value.lower() == "none" else value
+    return found
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

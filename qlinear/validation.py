@@ -173,7 +173,7 @@ def validate(
             for batch in tqdm(
                 batches, desc="validating", unit="batch", disable=None if progress is None else not progress
             ):
-                _add_outputs(total, _call(reference, batch), _call(model, batch), batch)
+                _add_outputs(total, call(reference, batch), call(model, batch), batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -195,7 +195,8 @@ def _compare(layer: QLinear, sums: _Sums) -> Callable[[nn.Module, tuple[Any, ...
     return hook
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call(model: nn.Module, batch: Any) -> Any:
+    """Calls a model with a mapping (keyword arguments), a tuple (positional) or one tensor."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)

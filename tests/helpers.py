@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from models import finite
 from torch import Tensor
 
 from qlinear.format import Format
@@ -31,7 +32,7 @@ def random_weight(fmt: Format, n: int, k: int, dtype: torch.dtype, device: torch
 
 def coded_weight(fmt: Format, n: int, k: int, scale: Tensor, device: torch.device) -> PackedWeight:
     """A weight with every code in every group's reach, and the scale that is given (broadcast to ``[n, groups]``)."""
-    codes = (torch.arange(n * k) * 7 % (fmt.max_code + 1)).view(n, k).to(torch.uint8)
+    codes = finite((torch.arange(n * k) * 7 % (fmt.max_code + 1)).view(n, k).to(torch.uint8), fmt)
     groups = fmt.groups(k)
     zero = None if fmt.symmetric else (torch.arange(n * groups) % (fmt.max_code + 1)).view(n, groups).to(torch.uint8)
     packed = pack_codes(Codes(codes, scale.expand(n, groups).contiguous(), zero), fmt)

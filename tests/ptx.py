@@ -12,6 +12,7 @@ import re
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 _MASK = np.uint32(0xFFFFFFFF)
 
@@ -70,6 +71,10 @@ def _execute(op: str, sources: list[np.ndarray]) -> np.ndarray:
         return (sources[0] << sources[1]) & _MASK
     if op == "and.b32":
         return sources[0] & sources[1]
+    if op == "mov.b32":
+        return sources[0]
+    if op == "fma.rn.bf16x2":
+        return _fma_bf16x2(*sources)
     if op == "lop3.b32":
         return _lop3(*sources)
     if op == "prmt.b32":
@@ -87,11 +92,30 @@ def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.
 
 
 def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """Byte ``i`` of the result is the byte of ``(b, a)`` that nibble ``i`` of the selector names."""
+    """Byte ``i`` of the result is the byte of ``(b, a)`` that nibble ``i`` of the selector names.
+
+    The highest bit of a nibble asks for the byte's sign, eight times.
+    """
     pool = [(source >> np.uint32(8 * i)) & np.uint32(0xFF) for source in (a, b) for i in range(4)]
     result = np.zeros_like(a)
     for i in range(4):
         nibble = int(selector) >> (4 * i) & 0xF
-        assert nibble < 8, "sign replication is not used"
-        result = result | (pool[nibble] << np.uint32(8 * i))
+        byte = pool[nibble & 7]
+        if nibble & 8:
+            byte = (byte >> np.uint32(7)) * np.uint32(0xFF)
+        result = result | (byte << np.uint32(8 * i))
+    return result
+
+
+def _fma_bf16x2(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """``a * b + c`` of both halves, rounded once, subnormals as they are.
+
+    float64 holds the product of two bfloat16 and, where c is zero, the sum; torch rounds it to bfloat16.
+    """
+    result = np.zeros(np.broadcast(a, b, c).shape, dtype=np.uint32)
+    for shift in (np.uint32(0), np.uint32(16)):
+        x, y, z = (((t >> shift) << np.uint32(16)).view(np.float32).astype(np.float64) for t in (a, b, c))
+        assert not z.any(), "a sum that needs more bits than float64 has"
+        half = torch.from_numpy(np.asarray(x * y + z)).to(torch.bfloat16).view(torch.int16)
+        result |= half.numpy().view(np.uint16).astype(np.uint32) << shift
     return result

@@ -14,11 +14,12 @@ from bench import budgets, predict, sass
 from bench.audit import CAPABILITIES, SCHEMES, Audited, audit, jobs_of, tile_bytes, unroll_of
 from bench.audit_tables import run
 from bench.cubins import Job
-from bench.machines import MACHINES, Machine
 from bench.problems import Problem
 from qlinear.format import DENSE
 from qlinear.kernels.compile import cuobjdump
 from qlinear.kernels.configs import Config
+from qlinear.kernels.crossover import dequantize_seconds, vendor_seconds
+from qlinear.kernels.machines import MACHINES, Machine
 
 # A pipelined loop inside another: 4 warps, 128 rows of int4 by 16 tokens of 16 bits, 2 buffers.
 LISTING = """
@@ -233,10 +234,10 @@ def test_predicted_time() -> None:
     assert (cached.bound, cached.seconds) == ("l2", pytest.approx(l2 / 10e9))
     # In 16 bit, 16 tokens are bound by the weight, 64 by products at 80 % of 20 TFLOP/s.
     dense = 2 * (2560 * 1280 + 16 * (1280 + 2560)) / 0.9e12
-    assert predict.vendor_seconds(problem, MACHINE) == pytest.approx(dense)
-    assert predict.vendor_seconds(problem._replace(m=64), MACHINE) == pytest.approx(2 * 64 * 2560 * 1280 / 16e12)
-    dequantized = predict.dequantize_seconds(problem, fmt, MACHINE)
-    assert dequantized == pytest.approx(floor + 2 * 2560 * 1280 / 0.9e12 + predict.vendor_seconds(problem, MACHINE))
+    assert vendor_seconds(*problem[2:], MACHINE) == pytest.approx(dense)
+    assert vendor_seconds(64, *problem[3:], MACHINE) == pytest.approx(2 * 64 * 2560 * 1280 / 16e12)
+    dequantized = dequantize_seconds(*problem[2:], fmt, MACHINE)
+    assert dequantized == pytest.approx(floor + 2 * 2560 * 1280 / 0.9e12 + vendor_seconds(*problem[2:], MACHINE))
 
 
 def test_rates_of_the_h200() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 import torch
 from models import tiny_language_model
 
 from bench import linear, rounding
 from bench.timing import interleaved, rotating
+from bench.workers import ask
 
 
 def test_sides_take_turns() -> None:
@@ -50,3 +53,21 @@ def test_rounding_rows_and_their_ratio() -> None:
     made = [{"scheme": "s", "float": 10.0, "absmax": 14.0, "qlinear": 12.0, "seed": 0}] * 2
     assert rounding.excess(made, "s", "absmax") == pytest.approx([0.4, 0.4])
     assert "0.50x" in rounding.show(made)
+
+
+def test_workers_answer_in_order_and_one_that_crashes_takes_its_question_with_it() -> None:
+    code = """
+    import sys
+    from bench.workers import answer
+
+    def double(n):
+        if n == 2:
+            raise ValueError("two")
+        return sys.exit(3) if n == 4 else {"n": 2 * n}
+
+    answer(double)
+    """
+    counted: list[int] = []
+    answers = ask(["-c", textwrap.dedent(code)], [1, 2, 3, 4, 5], lambda: counted.append(1))
+    assert answers[:3] == [{"n": 2}, {"error": "ValueError('two')"}, {"n": 6}]
+    assert answers[3:] == [{"error": "the worker crashed"}, {"n": 10}] and len(counted) == 5

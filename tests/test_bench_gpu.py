@@ -12,12 +12,14 @@ import pytest
 import torch
 from models import ROOT
 
-from bench import gpu, gpu_checks, gpu_model, gpu_ptx, gpu_speed, gpu_summary, gpu_tools
+from bench import gpu, gpu_checks, gpu_model, gpu_ptx, gpu_speed, gpu_summary, gpu_tools, gpu_tuned
 from bench.gpu import Stage
 from bench.gpu_job import Job, Result, Sizes
-from bench.gpu_warm import Case, blank, distinct, run_case, warm
+from bench.gpu_warm import Case, distinct, run_case, warm
 from qlinear.format import FORMATS
+from qlinear.kernels import tuned
 from qlinear.kernels.configs import Config
+from qlinear.kernels.gauge import blank
 
 TINY = Sizes(
     schemes=("w4a16", "w8a8"),
@@ -34,7 +36,7 @@ TINY = Sizes(
     launch=(64, 96),
     tuned_schemes=("w4a16",),
     tuned_layers=((64, 128),),
-    tuned_tokens=(3,),
+    tuned_tokens=(3, 129),
     model=(32, 48, 4, 2, 8),
     model_schemes=("w4a16-g32", "w8a8"),
     compile_backend="eager",
@@ -192,7 +194,11 @@ def test_determinism(device: torch.device) -> None:
 
 def test_ptx(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     result = gpu_ptx.ptx(job(device))
-    assert result["failed"] == [] and {row["packing"] for row in result["rows"]} == {"planar4", "planar8"}
+    assert result["failed"] == [] and {row["packing"] for row in result["rows"]} == {
+        "planar4",
+        "planar8",
+        "planar_e4m3",
+    }
     monkeypatch.setattr(gpu_ptx, "decode", lambda *args: torch.zeros(1, 65536))
     assert "numbers are wrong" in gpu_ptx.ptx(job(device))["failed"][0]
 
@@ -210,11 +216,16 @@ def test_launch(device: torch.device) -> None:
     assert result["arguments"]["passed"] >= 10 and all(row["cpu_us"] > 0 for row in result["rows"])
 
 
-def test_tuned(device: torch.device) -> None:
-    result = gpu_speed.tuned(job(device))
-    row = result["rows"][0]
+def test_tuned(device: torch.device, tmp_path: Path) -> None:
+    result = gpu_tuned.tuned(job(device, folder=tmp_path))
+    row, crossover = result["rows"][0], result["rows"][-1]
     assert result["failed"] == [] and row["chosen"] in row["us"] and row["gain"] >= 1.0
-    assert len(row["us"]) + len(row["left_out"]) >= 8
+    assert len(row["us"]) + len(row["left_out"]) >= 5 and crossover["fused_tokens"] % 128 == 0
+    # What is written is a table as it is installed.
+    table = tuned.read(tmp_path / result["table"])
+    assert len(table.configs) == 2 and len(table.crossovers) == 1 and not table.partial
+    out_of_time = gpu_tuned.tuned(job(device, folder=tmp_path, deadline=time.monotonic()))
+    assert out_of_time["rows"] == [] and len(out_of_time["left_out"]) == 3
 
 
 def test_models(device: torch.device) -> None:

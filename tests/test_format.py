@@ -18,6 +18,8 @@ def spellings(name: str) -> list[str]:
     """Other ways to write a scheme: its default group size spelled out."""
     bits, *rest = name.split("-")
     written = [name]
+    if name == "fp8":
+        return ["fp8", "w8a8-fp8", "fp8-channel", "w8a8-fp8-channel"]
     if not rest or rest == ["asym"]:
         written.append("-".join([bits, "g128" if bits.startswith("w4") else "channel", *rest]))
     return written
@@ -41,6 +43,7 @@ def test_a_scheme_says_what_its_format_does(name):
     assert fmt.name == name == str(fmt)
     assert (scheme.weight_bits, scheme.activation_bits) == (fmt.bits, fmt.activation_bits)
     assert (scheme.group_size, scheme.symmetric, scheme.sparsity) == (fmt.group_size, fmt.symmetric, fmt.sparsity)
+    assert scheme.number == fmt.number
     assert qlinear.Scheme.parse(scheme) is scheme
     assert {scheme: 1}[qlinear.Scheme(*dataclasses.astuple(scheme))] == 1
 
@@ -60,12 +63,8 @@ def test_a_scheme_says_what_its_format_does(name):
         ("w8a16-channel", None, True),
         ("w8a16-g32", 32, True),
         ("w8a8", None, True),
-        ("w4a16-2:4", 128, True),
-        ("w4a16-g128-asym-2:4", 128, False),
-        ("w4a16-block64", 64, True),
-        ("w4a16-g64-block64", 64, True),
-        ("w8a16-block64", None, True),
-        ("w16a16-unstructured", None, True),
+        ("fp8", None, True),
+        ("w8a16-fp8", None, True),
     ],
 )
 def test_meaning_of_a_name(text, group, symmetric):
@@ -80,11 +79,13 @@ def test_the_default_granularity_is_not_printed(text):
 
 
 UNKNOWN = [
-    *("", "int4", "w4", "a16", "w4a16g64", "w4a16-", "w4a16-64", "w4a16-asym-g64", "w4a16-sym", "w4a16 -g64", "fp8"),
+    *("", "int4", "w4", "a16", "w4a16g64", "w4a16-", "w4a16-64", "w4a16-asym-g64", "w4a16-sym", "w4a16 -g64", "fp16"),
+    *("fp8-fp8", "fp8-w8a8", "w8-fp8", "w8a16fp8", "w8a16-g64-fp8", "e4m3"),
     *("w4a16-g64-g32", "w4a16-channel-g64", "xw4a16", "w4a16x", "w4a16\nw8a16", "nf4", "w-4a16", "w4.0a16"),
 ]
 IMPOSSIBLE = [
     *("w3a16", "w4a8-asym", "w4a4", "w16a16", "w8a4", "w8a16-asym", "w8a8-g128", "w8a8-asym", "w4a16-g48", "w4a16-g0"),
+    *("w4a16-fp8", "w4a8-fp8", "w8a16-fp8-g64", "fp8-asym", "fp8-g128", "fp8-2:4"),
     *("w4a16-g256", "w4a8-2:4", "w8a16-block48", "w4a16-unstructured", "w8a16-g64-asym"),
 ]
 
@@ -112,7 +113,7 @@ def test_an_impossible_scheme_cannot_be_built():
 
 
 @settings(deadline=None)
-@given(st.text("wa4816gchnelsym-:2 \n", max_size=16))
+@given(st.text("wfpa4816gchnelsym-:2 \n", max_size=16))
 def test_any_text_is_a_scheme_or_a_value_error(text):
     try:
         scheme = qlinear.Scheme.parse(text)
@@ -124,15 +125,19 @@ def test_any_text_is_a_scheme_or_a_value_error(text):
 def test_the_registry_holds_what_is_promised():
     int4 = {f"w4a16{g}{a}" for g in ("", "-g64", "-g32", "-channel") for a in ("", "-asym")}
     int8 = {"w8a16", "w8a16-g32", "w8a16-g64", "w8a16-g128", "w8a8"}
-    assert int4 | int8 | {"w4a8", "w4a8-channel"} <= set(qlinear.FORMATS)
+    assert int4 | int8 | {"w4a8", "w4a8-channel", "fp8", "w8a16-fp8"} <= set(qlinear.FORMATS)
 
 
 @pytest.mark.parametrize("fmt", qlinear.FORMATS.values(), ids=str)
 def test_properties(fmt: Format):
-    assert (fmt.offset, fmt.max_code, fmt.planes) == {4: (8, 15, 4), 8: (128, 255, 2), 16: (1 << 15, 65535, 1)}[
-        fmt.bits
-    ]
+    offset = 0 if fmt.number == "e4m3" else {4: 8, 8: 128, 16: 1 << 15}[fmt.bits]
+    assert (fmt.offset, fmt.max_code, fmt.planes) == (offset, *{4: (15, 4), 8: (255, 2), 16: (65535, 1)}[fmt.bits])
+    if fmt.number != "float":
+        assert fmt.largest == {("int", 4): 7, ("int", 8): 127, ("e4m3", 8): 448}[fmt.number, fmt.bits]
     assert fmt.integer_activations == fmt.name.startswith(("w8a8", "w4a8"))
+    assert fmt.quantized_activations == (fmt.integer_activations or fmt.name == "fp8")
+    twin = fmt.weight_only
+    assert (twin.activation_bits, twin.bits, twin.number, twin.group_size) == (16, fmt.bits, fmt.number, fmt.group_size)
     with pytest.raises(dataclasses.FrozenInstanceError):
         fmt.bits = 3  # type: ignore[misc]
 
@@ -165,7 +170,7 @@ def test_weight_bytes_by_hand():
 def test_scale_dtype(fmt):
     assert fmt.scale_dtype(torch.float16) == torch.float16
     assert fmt.scale_dtype(torch.bfloat16) == torch.bfloat16
-    per_channel = fmt.group_size is None and fmt.symmetric and fmt.number == "int"
+    per_channel = fmt.group_size is None and fmt.symmetric and fmt.number != "float"
     assert fmt.scale_dtype(torch.float32) == (torch.float32 if per_channel else torch.float16)
 
 

@@ -1,4 +1,4 @@
-"""W8A8 and W4A8: quantized tokens, exact integer products, and what the two make together."""
+"""W8A8, W4A8 and fp8: quantized tokens, exact integer products, and what the two make together."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import torch
 from helpers import DTYPES, dtype_id, error, random_tokens, random_weight, weight64
 
 import qlinear  # noqa: F401 - registers torch.ops.qlinear
-from qlinear.format import DENSE
+from qlinear.format import DENSE, ROUNDED
 from qlinear.kernels import int8
 from qlinear.kernels.configs import Config
-from qlinear.kernels.int8 import int8_linear_tensors, quantize_activations, rms_norm_quantize
+from qlinear.kernels.int8 import quantize_activations, quantized_linear_tensors, rms_norm_quantize
 from qlinear.kernels.matmul import matmul
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 W8A8 = DENSE["w8a8"]
 INTEGER = [fmt for fmt in DENSE.values() if fmt.integer_activations]
-every_format = pytest.mark.parametrize("fmt", INTEGER, ids=str)
+every_integer_format = pytest.mark.parametrize("fmt", INTEGER, ids=str)
+every_format = pytest.mark.parametrize("fmt", [*INTEGER, DENSE["fp8"]], ids=str)
+every_number = pytest.mark.parametrize("number", ROUNDED)
 TILE = Config(block_m=16, block_n=64, num_warps=4, num_stages=2)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
@@ -35,29 +37,50 @@ def test_tokens_are_rounded_to_the_nearest_of_127_levels(m, k, dtype, device):
     assert torch.equal(q, (x.float() * (127 / largest)).round().to(torch.int8))
 
 
-def test_rows_longer_than_a_block(device, monkeypatch):
+@every_dtype
+@pytest.mark.parametrize(("m", "k"), [(1, 128), (5, 200), (3, 1)])
+def test_tokens_are_rounded_to_the_nearest_e4m3(m, k, dtype, device):
+    # Magnitudes from 1 down to 1e-5: below 2**-6 of 448 the grid of e4m3 is even.
+    x = random_tokens(m, k, dtype, device) * torch.logspace(0, -5, k, device=device).to(dtype)
+    q, scale = quantize_activations(x, "e4m3")
+    largest = x.float().abs().amax(1, keepdim=True)
+    assert q.dtype == torch.float8_e4m3fn
+    assert torch.equal(scale, (largest / 448).squeeze(1))
+    assert torch.equal(q.float(), (x.float() * (448 / largest)).to(torch.float8_e4m3fn).float())
+
+
+def test_ties_of_e4m3_round_to_even(device):
+    grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    x = torch.cat((grid, (grid[1:] + grid[:-1]) / 2))
+    x = torch.cat((x, -x))[None].to(device)
+    assert torch.equal(quantize_activations(x, "e4m3")[0].float(), x.to(torch.float8_e4m3fn).float())
+
+
+@every_number
+def test_rows_longer_than_a_block(number, device, monkeypatch):
     x = random_tokens(3, 300, torch.float16, device)
-    whole = quantize_activations(x)
+    whole = quantize_activations(x, number)
     monkeypatch.setattr(int8, "_MAX_BLOCK", 128)
-    parts = quantize_activations(x)
-    assert torch.equal(whole[0], parts[0])
+    parts = quantize_activations(x, number)
+    assert torch.equal(whole[0].float(), parts[0].float())
     assert torch.equal(whole[1], parts[1])
 
 
+@every_number
 @every_dtype
 @pytest.mark.parametrize("block", [None, 128], ids=["one-block", "blocks"])
-def test_rms_norm_joins_the_scale(block, dtype, device, monkeypatch):
+def test_rms_norm_joins_the_scale(block, dtype, number, device, monkeypatch):
     if block:
         monkeypatch.setattr(int8, "_MAX_BLOCK", block)
     x, gain = random_tokens(5, 300, dtype, device), random_tokens(1, 300, dtype, device)[0]
     x[3] = 0
-    q, scale = rms_norm_quantize(x, gain, 1e-5)
-    values, largest = quantize_activations(x.float() * gain.float())
-    assert torch.equal(q, values)
+    q, scale = rms_norm_quantize(x, gain, 1e-5, number)
+    values, largest = quantize_activations(x.float() * gain.float(), number)
+    assert q.dtype == ROUNDED[number].dtype and torch.equal(q.float(), values.float())
     rms = (x.double().square().mean(1) + 1e-5).sqrt()
     assert error(scale, largest.double() / rms) <= 1e-6
-    on_cpu = torch.ops.qlinear.rms_norm_quantize(x.cpu(), gain.cpu(), 1e-5)
-    assert torch.equal(on_cpu[0], q.cpu()) and error(on_cpu[1].view(-1), scale.double().cpu()) <= 1e-6
+    on_cpu = torch.ops.qlinear.rms_norm_quantize(x.cpu(), gain.cpu(), 1e-5, number)
+    assert torch.equal(on_cpu[0].float(), q.cpu().float()) and error(on_cpu[1].view(-1), scale.double().cpu()) <= 1e-6
 
 
 def test_ties_round_to_even(device):
@@ -73,7 +96,7 @@ def test_strides_of_x(view, device):
     assert torch.equal(quantize_activations(x)[0], quantize_activations(x.contiguous())[0])
 
 
-@every_format
+@every_integer_format
 @pytest.mark.parametrize("config", [TILE, replace(TILE, split_k=3), None], ids=["whole", "split", "chosen"])
 @pytest.mark.parametrize(("m", "k"), [(1, 576), (16, 128), (33, 200)])
 def test_integer_products_are_exact(fmt, m, k, config, device):
@@ -92,7 +115,7 @@ def test_against_float64_on_the_quantized_tokens(fmt, dtype, device):
     packed = random_weight(fmt, 70, 200, torch.float16, device)
     x = random_tokens(5, 200, dtype, device)
     bias = torch.linspace(-3, 3, 70, device=device).to(dtype)
-    q, scale = quantize_activations(x)
+    q, scale = quantize_activations(x, fmt.number)
     reference = (q.double() @ weight64(packed).t()) * scale.double()[:, None] + bias.double()
     assert error(matmul(x, packed, bias), reference) <= fmt.max_error(dtype)
 
@@ -127,4 +150,4 @@ def test_too_many_in_features_for_int32(device):
     weight = torch.zeros(1, k // 128, 64, 128, dtype=torch.int8, device=device)
     scale = torch.ones(1, 1, 64, device=device)
     with pytest.raises(ValueError, match=f"in_features is {k}"):
-        int8_linear_tensors(torch.zeros(1, k, device=device), weight, scale, W8A8, 64)
+        quantized_linear_tensors(torch.zeros(1, k, device=device), weight, scale, W8A8, 64)

@@ -85,12 +85,13 @@ def test_planar_order(fmt, n, k):
         assert word == expected
 
 
-def test_rows8_is_natural_order_and_signed():
-    packed = random_packed(qlinear.format.DENSE["w8a8"], 70, 200)
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8"])
+def test_rows8_is_natural_order_and_signed(scheme):
+    packed = random_packed(qlinear.format.DENSE[scheme], 70, 200)
     values = packed.to_layout("triton").weight
     assert values.dtype == torch.int8 and values.shape == (2, 2, 64, 128)
     natural = values.numpy().transpose(0, 2, 1, 3).reshape(128, 256).astype(np.int64)
-    np.testing.assert_array_equal(natural, padded_codes(packed) - 128)
+    np.testing.assert_array_equal(natural, (padded_codes(packed) - packed.format.offset).astype(np.int8))
 
 
 def test_nibbles8_are_signed_halves_of_a_block():
@@ -124,12 +125,12 @@ def test_scales_of_a_tile_lie_together_and_padding_is_zero(fmt):
 
 
 @pytest.mark.parametrize("fmt", [f for f in FORMATS if f.bits == 8], ids=str)
-def test_int8_on_a_cpu_is_signed_and_padded_only_where_the_operator_needs_it(fmt):
+def test_8_bits_on_a_cpu_are_signed_and_padded_only_where_the_operator_needs_it(fmt):
     packed = random_packed(fmt, 5, 100)
     weight = packed.to_layout("cpu").weight
     columns = 128 if fmt.name == "w8a16" else 100
     assert weight.dtype == torch.int8 and weight.shape == (5, columns)
-    assert torch.equal(weight[:, :100].int(), packed.codes().codes.int() - 128)
+    assert torch.equal(weight[:, :100], (packed.codes().codes.int() - fmt.offset).to(torch.int8))
     assert not weight[:, 100:].any()
 
 

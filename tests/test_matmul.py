@@ -15,7 +15,7 @@ from qlinear.kernels.matmul import matmul, matmul_tensors
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-FLOAT_FORMATS = [fmt for fmt in DENSE.values() if not fmt.integer_activations]
+FLOAT_FORMATS = [fmt for fmt in DENSE.values() if not fmt.quantized_activations]
 every_format = pytest.mark.parametrize("fmt", FLOAT_FORMATS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
@@ -183,7 +183,7 @@ def test_errors_of_bare_tensors(device):
     asymmetric = random_weight(DENSE["w4a16-asym"], 70, 200, torch.float16, device)
     with pytest.raises(ValueError, match=r"its zero point: 16 bits, got torch\.float32"):
         matmul_tensors(x, asymmetric.weight, asymmetric.scale.float(), asymmetric.format, 70)
-    with pytest.raises(ValueError, match="int8_linear_tensors"):
+    with pytest.raises(ValueError, match="quantized_linear_tensors"):
         matmul_tensors(x, packed.weight, packed.scale, DENSE["w8a8"], 70)
 
 

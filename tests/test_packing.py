@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from models import random_packed
 
 import qlinear
-from qlinear.bits import pack_bits, unpack_bits
-from qlinear.packing import PackedWeight
+from qlinear.bits import e4m3_to_float, pack_bits, unpack_bits
+from qlinear.packing import PackedWeight, pack_codes
+from qlinear.quantize import Codes
 
 BITS = st.sampled_from([4, 8])
 SHAPES = st.lists(st.integers(1, 70), min_size=1, max_size=3)
@@ -80,6 +81,49 @@ def test_plain_tensors_as_compressed_tensors_documents_them(fmt, n, k):
         np.testing.assert_array_equal(packed.zero_point.numpy(), numpy_words(zero.numpy().T, fmt.bits).T)
 
 
+def e4m3(codes):
+    """Every e4m3 number, as the OCP specification spells it: sign, exponent with a bias of 7, mantissa of 3 bits."""
+    codes = np.asarray(codes).astype(np.int64)
+    sign, exponent, mantissa = np.where(codes & 0x80, -1.0, 1.0), codes >> 3 & 15, codes & 7
+    normal = (1 + mantissa / 8) * np.exp2(exponent - 7.0)
+    value = sign * np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
+    return np.where((exponent == 15) & (mantissa == 7), np.nan, value)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    codes=st.lists(st.integers(0, 255), min_size=1, max_size=300),
+    scheme=st.sampled_from(["fp8", "w8a16-fp8"]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_every_e4m3_code_is_stored_and_read(codes, scheme, dtype):
+    """All 256 codes: the same bits in every layout that takes them, and the number that the specification says."""
+    fmt, raw = qlinear.FORMATS[scheme], torch.tensor([codes], dtype=torch.uint8)
+    packed = pack_codes(Codes(raw, torch.ones(1, 1), None), fmt)
+    assert torch.equal(packed.codes().codes, raw)
+    np.testing.assert_array_equal(packed.dequantize(dtype).double().numpy(), e4m3(raw))
+    if np.isnan(e4m3(raw)).any():
+        with pytest.raises(ValueError, match=r"the weight holds NaN \d+ times"):
+            packed.to_layout("cpu")
+        return
+    for layout in ("triton", "cpu"):
+        there = packed.to_layout(layout)
+        assert torch.equal(there.codes().codes, raw)
+        assert torch.equal(there.dequantize(dtype), packed.dequantize(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_e4m3_to_float_is_exact(dtype):
+    codes = torch.arange(256, dtype=torch.uint8)
+    finite = codes & 127 != 127
+    made = e4m3_to_float(codes.view(torch.int8), dtype)
+    assert made.dtype == dtype
+    expected = codes.view(torch.float8_e4m3fn).to(dtype)
+    assert torch.equal(made[finite], expected[finite])
+    assert torch.equal(torch.signbit(made), codes > 127)
+    np.testing.assert_array_equal(made[finite].double().numpy(), e4m3(codes[finite]))
+
+
 @pytest.mark.parametrize("fmt", qlinear.format.DENSE.values(), ids=str)
 def test_dequantize_against_numpy(fmt):
     n, k = 9, 201
@@ -87,7 +131,8 @@ def test_dequantize_against_numpy(fmt):
     codes, scale, zero = (None if t is None else t.numpy().astype(np.float64) for t in packed.codes())
     group = np.arange(k) // (fmt.group_size or k)
     zeros = np.full((n, fmt.groups(k)), fmt.offset) if zero is None else zero
-    expected = (codes - zeros[:, group]) * scale[:, group]
+    values = e4m3(codes) if fmt.number == "e4m3" else codes - zeros[:, group]
+    expected = values * scale[:, group]
     np.testing.assert_array_equal(packed.dequantize(torch.float64).numpy(), expected)
     assert packed.dequantize().dtype == torch.float16
 
@@ -103,9 +148,15 @@ def test_pack_stays_within_half_a_step_of_the_weight(scheme, dtype):
     assert packed.scale.dtype == fmt.scale_dtype(dtype)
     assert (packed.out_features, packed.in_features, packed.format) == (33, 200, fmt)
     step = packed.scale.repeat_interleave(fmt.group_size or 200, dim=1)[:, :200].float().abs()
+    if fmt.number == "e4m3":
+        # 3 bits of mantissa: a step is an eighth of the power of two below the weight, from 2**-6 on.
+        step *= torch.exp2((weight.float().abs() / step).clamp(min=2**-6).log2().floor() - 3)
     error = (packed.dequantize(torch.float32) - weight.float()).abs()
     assert float((error <= step * 0.51).float().mean()) > (0.98 if fmt.bits == 8 else 0.9)
-    assert float(error.norm() / weight.float().norm()) < (0.02 if fmt.bits == 8 else 0.16)
+    assert (
+        float(error.norm() / weight.float().norm())
+        < {("int", 8): 0.02, ("int", 4): 0.16, ("e4m3", 8): 0.03}[fmt.number, fmt.bits]
+    )
 
 
 @pytest.mark.parametrize("scheme", sorted(qlinear.FORMATS))

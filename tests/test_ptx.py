@@ -13,7 +13,8 @@ from qlinear.kernels.decode import DECODERS
 from qlinear.layout import unpack_planes
 
 ALL_PTX = [(name, ptx) for name, decoder in DECODERS.items() for ptx in inline_ptx(decoder.function)]
-CASES = [(name, ptx) for name, ptx in ALL_PTX if name.startswith("planar")]
+CASES = [(name, ptx) for name, ptx in ALL_PTX if name in ("planar4", "planar8")]
+E4M3 = [(name, ptx) for name, ptx in ALL_PTX if name.endswith("e4m3")]
 
 WORDS = torch.arange(65536, dtype=torch.int32).to(torch.int16)
 
@@ -50,8 +51,8 @@ def test_inline_ptx_holds_the_code(packing, ptx, reverse):
 
 def test_every_packing_with_ptx_has_both_dtypes():
     assert {(name, ptx.dtype) for name, ptx in ALL_PTX} == {
-        (packing, dtype) for packing in ("planar4", "planar8") for dtype in ("float16", "bfloat16")
-    } | {("nibbles8", "int8")}
+        (packing, dtype) for packing in ("planar4", "planar8", "planar_e4m3") for dtype in ("float16", "bfloat16")
+    } | {("nibbles8", "int8"), ("rows_e4m3", "float16")}
 
 
 def test_inline_ptx_of_signed_nibbles():
@@ -65,6 +66,32 @@ def test_inline_ptx_of_signed_nibbles():
     np.testing.assert_array_equal(high / 16, signed >> 4)
 
 
+def e4m3_numbers(words: torch.Tensor) -> torch.Tensor:
+    """What the bytes of 16-bit words are, ``[2, W]``: lower bytes, then upper ones; 480 in the place of NaN."""
+    value = words.view(torch.float8_e4m3fn).float()
+    return value.where(~value.isnan(), torch.where(words.view(torch.int8) < 0, -480.0, 480.0)).view(-1, 2).t()
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["low", "high"])
+@pytest.mark.parametrize(("packing", "ptx"), E4M3, ids=[f"{name}-{ptx.dtype}" for name, ptx in E4M3])
+def test_inline_ptx_of_e4m3(packing, ptx, reverse):
+    """Every word in both halves of a register: the numbers of its bytes times what the decoder counts in, signs too."""
+    words = WORDS.flip(0) if reverse else WORDS
+    made = torch.stack([numbers(r, ptx.dtype) for r in evaluate(ptx.text, ptx.constraints, registers(words))])
+    if packing == "rows_e4m3":
+        # The first register has the bytes of the first word of each pair, the second those of the other.
+        made = made.view(2, -1, 2).transpose(0, 1).reshape(-1, 2).t()
+    made = made * DECODERS[packing].units.get(getattr(torch, ptx.dtype), 1.0)
+    assert torch.equal(made, e4m3_numbers(words))
+    assert torch.equal(torch.signbit(made), torch.signbit(e4m3_numbers(words)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_plain_twin_decodes_every_e4m3_word(dtype, device):
+    made = _decode("planar_e4m3", device, dtype, 0, ptx=False).float()
+    assert torch.equal(made * DECODERS["planar_e4m3"].units.get(dtype, 1.0), e4m3_numbers(WORDS))
+
+
 def _decode(packing: str, device: torch.device, dtype: torch.dtype, offset: int, ptx: bool) -> torch.Tensor:
     return decode(packing, WORDS.to(device), dtype, offset, ptx).cpu()
 
@@ -76,7 +103,9 @@ def test_plain_twin_decodes_every_word(packing, offset, dtype, device):
     assert torch.equal(_decode(packing, device, dtype, offset, ptx=False), codes.to(dtype) - offset)
 
 
-@pytest.mark.parametrize(("packing", "offset"), [("planar4", 8), ("planar4", 0), ("planar4", 15), ("planar8", 128)])
+@pytest.mark.parametrize(
+    ("packing", "offset"), [*((("planar4", zero)) for zero in (8, 0, 15)), ("planar8", 128), ("planar_e4m3", 0)]
+)
 def test_ptx_decoder_equals_its_twin(packing, offset, device, monkeypatch):
     """The whole decoder in fp16: inline PTX is evaluated by tests/ptx.py, or by the GPU where there is one."""
     if device.type == "cpu":
@@ -86,7 +115,7 @@ def test_ptx_decoder_equals_its_twin(packing, offset, device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("packing", "offset"), [("planar4", 8), ("planar4", 0), ("planar8", 128)])
+@pytest.mark.parametrize(("packing", "offset"), [("planar4", 8), ("planar4", 0), ("planar8", 128), ("planar_e4m3", 0)])
 def test_ptx_decoder_equals_its_twin_in_bf16(packing, offset, device):
     twin = _decode(packing, device, torch.bfloat16, offset, ptx=False)
     assert torch.equal(_decode(packing, device, torch.bfloat16, offset, ptx=torch.version.hip is None), twin)

@@ -12,18 +12,21 @@ PACKAGE, KERNELS = ROOT / "qlinear", ROOT / "kernels"
 #: Floors from the ground up. A module imports only from floors below its own (kernels among themselves: see below).
 FLOORS = [
     ["format"],
-    ["bits", "quantize"],
+    ["bits", "grid", "float_layers"],
+    ["quantize"],
     ["sparse", "cpu_layout"],
     ["layout"],
     ["sparse_layout"],
     ["packing"],
     ["cpu_sparse"],
     ["reference", "cpu", "kernels"],
+    ["paths", "token_ops"],
     ["ops"],
     ["linear"],
     ["undo"],
-    ["conversion"],
-    ["inspection", "validation", "checkpoint"],
+    ["conversion", "compressed"],
+    ["inspection", "validation", "checkpoint", "tuning"],
+    ["pruning"],
     ["__init__"],
     ["doctor"],
     ["demo"],
@@ -31,10 +34,12 @@ FLOORS = [
     ["__main__"],
 ]
 #: May be imported by any floor, imports none of ours.
-SHARED = {"tables"}
+SHARED = {"cache", "tables"}
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
-SOURCES = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("demo/**/*.py"), *KERNELS.glob("*.py")])
+SOURCES = sorted(
+    [*PACKAGE.glob("*.py"), *PACKAGE.glob("demo/**/*.py"), *PACKAGE.glob("pruning/**/*.py"), *KERNELS.glob("*.py")]
+)
 BENCH = sorted((ROOT / "bench").glob("**/*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 
@@ -83,7 +88,7 @@ def test_imports_go_down_only(path):
     assert name in LEVEL or name in SHARED, f"{name} has no floor yet: give it one in FLOORS"
     level = LEVEL.get(name, -1)
     for imported in ours(path) - SHARED:
-        same_folder = imported == name in ("kernels", "demo")
+        same_folder = imported == name in ("kernels", "demo", "pruning")
         assert same_folder or LEVEL[imported] < level, (
             f"{relative(path)} imports qlinear.{imported}, which is not below it"
         )

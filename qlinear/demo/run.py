@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 import qlinear
 from qlinear.demo.decode import decode_rate, generate_text
-from qlinear.demo.source import SourceError, find_model, load_model
+from qlinear.demo.source import find_model, load_model
 from qlinear.demo.text import TEXT_NAME, perplexity, sample_ids
 from qlinear.demo.twin import off_grid_twin
+from qlinear.demo.wheels import SourceError
 from qlinear.doctor import native_path, versions
 from qlinear.tables import human_bytes, table, write_json
 
@@ -72,7 +73,7 @@ def run_demo(
         say: prints one piece of output.
 
     Raises:
-        qlinear.demo.source.SourceError: no model, or no transformers.
+        qlinear.demo.wheels.SourceError: no model, or no transformers.
         ValueError: the model cannot be converted.
     """
     source = find_model(model, no_download, say)

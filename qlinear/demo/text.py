@@ -45,6 +45,20 @@ def token_windows(tokenizer: Any, text: str | None = None, tokens: int = 1024, l
     return [window.unsqueeze(0) for window in ids.split(length)]
 
 
+def calibration_windows(tokenizer: Any, text: str, windows: int = 128, length: int = 512) -> list[Tensor]:
+    """At most so many batches ``[1, length]`` of token ids, spread evenly over a text, none overlapping.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    windows = min(windows, len(ids) // length)
+    if windows < 1:
+        raise ValueError(f"the calibration text has {len(ids)} tokens, at least one window of {length} is needed")
+    starts = [i * (len(ids) - length) // max(windows - 1, 1) for i in range(windows)]
+    return [ids[start : start + length].unsqueeze(0) for start in starts]
+
+
 def _topics() -> str:
     from pydoc_data.topics import topics
 

@@ -1,0 +1,80 @@
+"""``python -m bench coldstart``: what the first call costs in a fresh process, with an empty and a filled Triton cache.
+
+On a GPU: the operator itself. Without one: the kernels of that call, compiled ahead of time for an H100 (what a first
+call on one spends on compiling, nothing else), and the first calls of the CPU path. Each row is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.gpu_job import Job, Result
+from qlinear.tables import table
+
+ROOT = Path(__file__).parent.parent
+SCHEMES = ("w4a16", "w8a8")
+#: out_features, in_features.
+SHAPE = (1536, 576)
+#: Of a process.
+_LIMIT = 300.0
+_STEPS = ("import torch", "import qlinear", "make layer", "first call", "second call", "import triton", "compile")
+
+
+def measure(device: str, schemes: tuple[str, ...] = SCHEMES, limit: float = _LIMIT) -> list[dict[str, Any]]:
+    """Seconds of each step by scheme, first with an empty Triton cache, then with what that left in it."""
+    rows = []
+    for scheme in schemes:
+        with tempfile.TemporaryDirectory() as cache:
+            for state in ("empty", "filled"):
+                found = _fresh([scheme, device], cache, limit)
+                rows.append({"scheme": scheme, "device": device, "cache": state, **found})
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """One line for each process; milliseconds."""
+    header = ("scheme", "on", "Triton cache", *_STEPS, "kernels compiled")
+    lines = [
+        (
+            *(row[name] for name in ("scheme", "device", "cache")),
+            *(f"{row['seconds'][step] * 1e3:.1f}" if step in row["seconds"] else "" for step in _STEPS),
+            " ".join(row["kernels"]) or "none",
+        )
+        for row in rows
+    ]
+    return f"milliseconds in a fresh process, {SHAPE[0]} x {SHAPE[1]}, bfloat16, one token\n" + table(
+        header, lines, right=range(3, 3 + len(_STEPS))
+    )
+
+
+def stage(job: Job) -> Result:
+    """The same as a part of ``python -m bench gpu``."""
+    result: Result = {"rows": [], "failed": [], "left_out": []}
+    for scheme in SCHEMES:
+        if job.left < 5:
+            result["left_out"].append(scheme)
+            continue
+        try:
+            result["rows"] += measure(job.device.type, (scheme,), job.left)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            result["failed"].append(str(error)[-500:])
+        job.save(result)
+    return result
+
+
+def _fresh(arguments: list[str], cache: str, limit: float) -> dict[str, Any]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": cache}
+    command = [sys.executable, str(Path(__file__).with_name("coldstart_child.py")), *arguments, *map(str, SHAPE)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)}: {done.stderr.strip()[-400:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

@@ -1,0 +1,29 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qlinear.tables import write_json
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+JSON = click.option("--json", "json_path", type=FILE, help="Also write the result here.")
+SCHEME_HELP = (
+    "A scheme for every linear layer, or PATTERN=SCHEME (repeatable, first match wins; SCHEME 'none' leaves a layer)."
+)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def load(model: str, dtype: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
+    """A model and its tokenizer (None where it has none), converted or float."""
+    from qlinear.demo.source import load_any
+
+    return load_any(model, dtype, device)
+
+
+def maybe_json(path: Path | None, data: dict[str, Any]) -> None:
+    if path is not None:
+        write_json(path, data)

@@ -1,0 +1,120 @@
+"""Which layers are pruned, and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.prune import remove as make_permanent
+
+from qlinear.conversion import candidates, choose
+from qlinear.float_layers import float_parameter, is_conv1d
+from qlinear.pruning.patterns import Pattern
+from qlinear.undo import Undo
+
+#: The share of zeros for every linear layer, or an ordered mapping of name patterns to shares (None leaves a layer).
+Share = float | None | Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to prune, by the first of its names, and its share of zeros."""
+
+    name: str
+    module: nn.Module
+    sparsity: float
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight ``[N, K]`` (out_features, in_features): a view, so that writing to it changes the layer."""
+        return matrix(self.module)
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as ``[N, K]``: a view, also of the transposed weight of a ``Conv1D``."""
+    weight = float_parameter(module).detach()
+    return weight.t() if is_conv1d(module) else weight
+
+
+def targets(model: nn.Module, sparsity: Share, pattern: Pattern) -> list[Target]:
+    """The layers to prune, as ``convert`` would choose them.
+
+    Raises:
+        ValueError: a share that is none, a name pattern that matches nothing, or a weight that cannot be pruned.
+    """
+    if isinstance(sparsity, Mapping):
+        if not sparsity:
+            raise ValueError("the mapping of patterns to sparsities is empty")
+        rules: list[tuple[str | None, float | None]] = [
+            (name, None if share is None else pattern.sparsity(share)) for name, share in sparsity.items()
+        ]
+    else:
+        rules = [(None, pattern.sparsity(sparsity))]
+    chosen = [(c, share) for c, share in choose(model, rules, "prune") if share is not None]
+    head, exact = _output_embeddings(model), {name for name, _ in rules}
+    # The papers' models keep theirs dense: it is asked for by its exact name, or left alone.
+    found = [Target(c.name, c.module, s) for c, s in chosen if c.module is not head or not exact.isdisjoint(c.names)]
+    if not found:
+        raise ValueError("nothing to prune but the output embeddings, which have to be asked for by their exact name")
+    for target in found:
+        _check(target)
+    return found
+
+
+def _output_embeddings(model: nn.Module) -> object:
+    """The ``lm_head`` of a Hugging Face model, or None."""
+    get = getattr(model, "get_output_embeddings", None)
+    return None if get is None else get()
+
+
+def _check(target: Target) -> None:
+    weight = float_parameter(target.module)
+    if weight.is_meta:
+        raise ValueError(f"layer {target.name!r}: its weight is on the meta device: load the model first")
+    if not weight.is_floating_point():
+        raise ValueError(f"layer {target.name!r}: its weight is {weight.dtype}, a float dtype is wanted")
+    if not bool(torch.isfinite(weight.detach()).all()):
+        raise ValueError(f"layer {target.name!r}: its weight holds NaN or infinity; it cannot be ranked")
+
+
+def is_masked(module: nn.Module) -> bool:
+    """Whether ``torch.nn.utils.prune`` keeps a mask on this layer."""
+    return any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
+
+
+def fold_masks(model: nn.Module) -> nn.Module:
+    """Makes the masks of ``torch.nn.utils.prune`` permanent, in place: weights become plain parameters with zeros.
+
+    Every module is looked at, linear or not. ``convert`` and ``prune`` take such layers as they are and do this for
+    those they change; call it to save or to go on training without the hooks. Returns the root.
+    """
+    for module in model.modules():
+        fold(module)
+    return model
+
+
+def fold(module: nn.Module) -> None:
+    """:func:`fold_masks` for one module."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, BasePruningMethod)]
+    for hook in hooks:
+        make_permanent(module, hook._tensor_name)
+
+
+def fold_targets(layers: Sequence[Target], undo: Undo) -> None:
+    """Makes the masks on the layers permanent, unless the work fails later."""
+    for target in layers:
+        if is_masked(target.module):
+            undo.keep_members(target.module)
+            # `remove` writes the product into the original parameter.
+            for name, parameter in list(target.module.named_parameters(recurse=False)):
+                if name.endswith("_orig"):
+                    undo.keep(parameter)
+            fold(target.module)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer of a model by its first name, whether or not it is pruned."""
+    return {c.name: c.module for c in candidates(model)}
