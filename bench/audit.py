@@ -19,13 +19,16 @@ import torch
 
 from bench import sass
 from bench.cubins import DTYPES, Job, compile_all, disassemble
-from bench.predict import Resources, blocks_per_sm, dequantizes
+from bench.predict import BLOCK_DENSITY, Resources, blocks_per_sm, dequantizes
 from bench.problems import Problem
 from bench.workers import WORKERS
 from qlinear.format import BLOCK_K, FORMATS, Format
+from qlinear.kernels.blocks import choose_block_config
 from qlinear.kernels.configs import Config, choose_config, token_bytes
 from qlinear.machines import MACHINES, arch_name
 
+#: Those whose kernels are counted.
+SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity is None or fmt.block)
 CAPABILITIES = {machine.arch: machine.capability for machine in MACHINES.values()}
 
 
@@ -33,8 +36,12 @@ def job_and_config(
     problem: Problem, scheme: str, dtype: str, capability: tuple[int, int], sms: int
 ) -> tuple[Job, Config]:
     """The kernel a product runs, and its configuration with split-K."""
-    fmt = FORMATS[scheme]
-    config = choose_config(problem.m, problem.n, problem.k, fmt, DTYPES[dtype], capability, sms)
+    fmt, x_dtype = FORMATS[scheme], DTYPES[dtype]
+    if fmt.block:
+        blocks = fmt.stored(problem.n, problem.k, BLOCK_DENSITY)
+        config = choose_block_config(problem.m, problem.n, blocks, fmt, x_dtype, capability, sms)
+    else:
+        config = choose_config(problem.m, problem.n, problem.k, fmt, x_dtype, capability, sms)
     return Job(scheme, dtype, capability, replace(config, split_k=1)), config
 
 
@@ -118,7 +125,7 @@ class Audited:
 def unroll_of(
     loop: sass.Loop, config: Config, fmt: Format, dtype: torch.dtype, capability: tuple[int, int] = (9, 0)
 ) -> int:
-    """How many blocks of 128 along K one iteration covers, told by two things that must agree.
+    """How many blocks along K (of 128, or the format's own) one iteration covers, told by two things that must agree.
 
     The products tell: an iteration has BLOCK_M * BLOCK_N * 128 multiply-adds per block. So do the copies: of each
     block an iteration brings the weight's tile and the tokens', and little else (scales, and copies that are
@@ -128,7 +135,7 @@ def unroll_of(
         ValueError: they contradict each other, or neither can be read.
     """
     macs = loop.macs(config.num_warps)
-    by_products = None if macs is None else macs / (config.block_m * config.block_n * BLOCK_K)
+    by_products = None if macs is None else macs / (config.block_m * config.block_n * (fmt.block or BLOCK_K))
     by_copies = loop.copied_bytes(32 * config.num_warps) // sum(tile_bytes(config, fmt, dtype, capability))
     # TMA's bytes are not in the code, and of loads that are not copies nothing is known.
     readable = by_copies > 0 and not loop.tma
@@ -144,9 +151,9 @@ def unroll_of(
 def tile_bytes(
     config: Config, fmt: Format, dtype: torch.dtype, capability: tuple[int, int] = (9, 0)
 ) -> tuple[int, int]:
-    """Bytes of the weight's codes and of x in one block of 128 along K."""
-    x_size = token_bytes(fmt, dtype, capability)
-    return config.block_n * BLOCK_K * fmt.bits // 8, config.block_m * BLOCK_K * x_size
+    """Bytes of the weight's codes and of x in one block along K."""
+    x_size, columns = token_bytes(fmt, dtype, capability), fmt.block or BLOCK_K
+    return config.block_n * columns * fmt.bits // 8, config.block_m * columns * x_size
 
 
 def read_kernel(job: Job, problem: Problem, program: Sequence[sass.Instruction], used: dict[str, Any]) -> Audited:
@@ -155,7 +162,7 @@ def read_kernel(job: Job, problem: Problem, program: Sequence[sass.Instruction],
     threads = 32 * config.num_warps
     loop = sass.hot_loop(program)
     unroll = unroll_of(loop, config, fmt, dtype, job.capability)
-    weights = config.block_n * BLOCK_K * unroll
+    weights = config.block_n * (fmt.block or BLOCK_K) * unroll
     tile = sum(tile_bytes(config, fmt, dtype, job.capability)) * unroll
     copied = loop.copied_bytes(threads)
     machine = next(machine for machine in MACHINES.values() if machine.capability == job.capability)

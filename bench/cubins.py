@@ -112,10 +112,11 @@ def _moved(i: Instruction, by: int) -> Instruction:
 
 
 def _compile(fields: dict[str, Any], dump: Path) -> dict[str, Any]:
-    from qlinear.kernels.compile import compile_matmul, usage
+    from qlinear.kernels.compile import compile_blocks, compile_matmul, usage
 
     job = Job(fields["scheme"], fields["dtype"], tuple(fields["capability"]), Config(**fields["config"]))
-    compiled = compile_matmul(job.format, DTYPES[job.dtype], job.config, job.capability)
+    compile_job = compile_blocks if job.format.block else compile_matmul
+    compiled = compile_job(job.format, DTYPES[job.dtype], job.config, job.capability)
     (dump / f"{job}.cubin").write_bytes(compiled.asm["cubin"])
     used = asdict(usage(compiled))
     result = {name: used[name] for name in ("registers", "spilled", "shared")}

@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.gpu_job import Job, Result, dtype_name
 from bench.gpu_warm import Case, warm
 from qlinear import ops, reference
-from qlinear.format import FORMATS, Format
+from qlinear.format import DENSE, Format
 from qlinear.kernels.graphs import capture
 from qlinear.packing import PackedWeight, pack
 
@@ -60,7 +60,7 @@ def numerics(job: Job) -> Result:
             result["left_out"].append(f"{scheme} {dtype_name(dtype)} {shape[0]}x{shape[1]}")
         else:
             tokens = sizes.float32_tokens if dtype == torch.float32 else sizes.tokens
-            result["rows"] += _numerics_of(FORMATS[scheme], dtype, shape, tokens, job)
+            result["rows"] += _numerics_of(DENSE[scheme], dtype, shape, tokens, job)
             result["failed"] = [_say(row) for row in result["rows"] if not row["ok"]]
             job.save(result)
     shares = [row["error"] / row["bound"] for row in result["rows"] if row["error"] is not None]
@@ -169,7 +169,7 @@ def determinism(job: Job) -> Result:
     cases = [Case(s, dtype_name(dtype), few, n, k) for s in sizes.schemes for few, _ in buckets]
     result: Result = {"warm": warm(cases, job, job.left * 0.5), "rows": [], "failed": [], "left_out": []}
     for scheme in sizes.schemes:
-        packed = random_weight(FORMATS[scheme], n, k, dtype, job.device)
+        packed = random_weight(DENSE[scheme], n, k, dtype, job.device)
         for few, many in buckets:
             if job.left < 2:
                 result["left_out"].append(f"{scheme} M = {few} to {many}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.problems import Layer, layers_of
-from qlinear.format import FORMATS
+from qlinear.format import DENSE
 
 Result = dict[str, Any]
 
@@ -20,7 +20,7 @@ Result = dict[str, Any]
 class Sizes:
     """How much a stage does: all of it on a GPU, next to nothing in the tests."""
 
-    schemes: Sequence[str] = tuple(FORMATS)
+    schemes: Sequence[str] = tuple(DENSE)
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16, torch.float32)
     #: Numerics: tokens of every bucket, and a weight whose sides divide by nothing.
     tokens: Sequence[int] = (1, 5, 16, 33, 64, 129, 300)

@@ -17,7 +17,7 @@ from bench.gpu_warm import Case, warm
 from bench.sides import float_side, packed_side
 from bench.timing import in_turns
 from qlinear import QLinear
-from qlinear.format import FORMATS
+from qlinear.format import DENSE
 from qlinear.kernels.graphs import replayed
 from qlinear.packing import PackedWeight
 
@@ -111,7 +111,7 @@ def launch(job: Job) -> Result:
         result["rows"].append(row)
     machine = matmul.machine_of(job.device)
     if machine is not None:
-        size = FORMATS["w4a16"].weight_bytes(n, k)
+        size = DENSE["w4a16"].weight_bytes(n, k)
         result["int4_floor_us"] = matmul.floor_seconds(machine, size, 1, n, k, dtype.itemsize, False) * 1e6
     return result
 

@@ -183,12 +183,12 @@ def sanitizer(job: Job) -> Result:
 def small_case(device: torch.device) -> None:
     """A few products with odd sizes: split along K and whole, int4, int8, int8 by int8 and float8."""
     from bench.gpu_checks import random_tokens, random_weight
-    from qlinear.format import FORMATS
+    from qlinear.format import DENSE
     from qlinear.kernels.matmul import matmul
 
     for scheme in ("w4a16", "w4a16-g32-asym", "w8a16", "w8a8", "w8a16-fp8", "fp8"):
         # Made on the CPU: under a sanitizer every kernel launch takes long.
-        packed = random_weight(FORMATS[scheme], 203, 1352, torch.float16, torch.device("cpu"))
+        packed = random_weight(DENSE[scheme], 203, 1352, torch.float16, torch.device("cpu"))
         packed = replace(packed, weight=packed.weight.to(device), scale=packed.scale.to(device))
         for m in (1, 17, 130):
             y = matmul(random_tokens(m, 1352, torch.float16, torch.device("cpu")).to(device), packed)

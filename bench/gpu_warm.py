@@ -11,7 +11,7 @@ import torch
 
 from bench.gpu_job import Job
 from qlinear import ops
-from qlinear.format import FORMATS
+from qlinear.format import DENSE
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def run_case(case: Case, device: torch.device) -> str | None:
 
     try:
         dtype = getattr(torch, case.dtype)
-        p = blank(FORMATS[case.scheme], case.n, case.k, dtype, device)
+        p = blank(DENSE[case.scheme], case.n, case.k, dtype, device)
         x = torch.zeros(case.m, case.k, dtype=dtype, device=device)
         bias = torch.zeros(case.n, dtype=dtype, device=device) if case.bias else None
         matmul(x, p, bias, case.config)
@@ -76,7 +76,7 @@ def distinct(cases: Sequence[Case], device: torch.device) -> list[Case]:
     target = target_of(device)
     kept: dict[object, Case] = {}
     for case in cases:
-        fmt, dtype = FORMATS[case.scheme], getattr(torch, case.dtype)
+        fmt, dtype = DENSE[case.scheme], getattr(torch, case.dtype)
         config = case.config or config_on(device, target, case.m, case.n, case.k, fmt, dtype)
         most = fused_tokens_on(device, case.n, case.k, fmt, dtype)
         many = case.config is None and most is not None and case.m > most

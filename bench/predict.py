@@ -22,6 +22,8 @@ from qlinear.machines import Machine
 #: Programming Guide, compute capabilities).
 _RESERVED_SHARED = 1024
 _TENSOR_COLUMNS = 512
+#: The share of blocks that block-sparse problems store.
+BLOCK_DENSITY = 0.5
 #: Iterations of a loop after which its timing repeats.
 _SETTLED = 6
 
@@ -69,6 +71,8 @@ class Traffic:
 
 def weight_bytes(fmt: Format, n: int, k: int) -> int:
     """Bytes of the ``triton`` layout (see :mod:`qlinear.layout`), scales of 16 bits."""
+    if fmt.block:
+        return fmt.weight_bytes(n, k, density=BLOCK_DENSITY)
     rows, columns = -(-n // TILE_N) * TILE_N, -(-k // BLOCK_K) * BLOCK_K
     return rows * columns * fmt.bits // 8 + rows * fmt.groups(columns) * (2 if fmt.symmetric else 4)
 
@@ -81,7 +85,8 @@ def traffic(problem: Problem, fmt: Format, config: Config, capability: tuple[int
     y = m * n * 2
     partials = 4 * m * n * config.split_k if config.split_k > 1 else 0
     tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
-    return Traffic(weight, weight + x + y, weight * tiles_m + x * tiles_n + 2 * partials + y, partials)
+    reads = tiles_n * (BLOCK_DENSITY if fmt.block else 1)
+    return Traffic(weight, weight + x + y, weight * tiles_m + x * reads + 2 * partials + y, partials)
 
 
 @dataclass(frozen=True)

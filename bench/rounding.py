@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from qlinear.demo.text import perplexity
 from qlinear.demo.twin import off_grid_twin
-from qlinear.format import FORMATS, Format
+from qlinear.format import DENSE, Format
 from qlinear.packing import dequantize_codes
 from qlinear.quantize import quantize
 from qlinear.tables import table
 
 #: Other schemes of int4 weights are rounded alike.
-SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.bits == 4 and not fmt.integer_activations)
+SCHEMES = tuple(name for name, fmt in DENSE.items() if fmt.bits == 4 and not fmt.integer_activations)
 
 
 def measure(
@@ -41,7 +41,7 @@ def measure(
         for scheme in tqdm(schemes, desc=f"seed {seed}", unit="scheme", disable=None):
             row: dict[str, Any] = {"scheme": scheme, "seed": seed, "float": base}
             for name, search in (("absmax", False), ("qlinear", True)):
-                _round(layers, FORMATS[scheme], search)
+                _round(layers, DENSE[scheme], search)
                 row[name] = perplexity(model, ids).value
             rows.append(row)
     return rows

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from qlinear.format import BLOCK_K, Format
+from qlinear.kernels.blocks import _block_kernel, block_constexprs
 from qlinear.kernels.configs import Config
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.dequantize import _dequantize_kernel
@@ -76,6 +77,19 @@ def compile_matmul(
     integers = {"N": 4096, "K": in_features, "stride_xm": in_features if row_stride is None else row_stride}
     options = config.options(fmt, capability)
     return compile_kernel(_matmul_kernel, pointers, integers, constants, options, capability)
+
+
+def compile_blocks(
+    fmt: Format, dtype: torch.dtype, config: Config, capability: Capability, *, in_features: int = 4096
+) -> CompiledKernel:
+    """The block-sparse matmul kernel for x, y and scales in ``dtype`` and a bias, for N = 4096."""
+    word = dtype if fmt.number == "float" else DECODERS[fmt.packing].dtype
+    pointers: dict[str, torch.dtype | None] = dict.fromkeys(("x_ptr", "scale_ptr", "bias_ptr", "y_ptr"), dtype)
+    pointers |= {"w_ptr": word, "index_ptr": torch.int32, "partial_ptr": torch.float32, "counter_ptr": torch.int32}
+    constants = block_constexprs(fmt, dtype, in_features, config, Target(capability, 132))
+    integers = {"N": 4096, "K": in_features, "stride_xm": in_features}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return compile_kernel(_block_kernel, pointers, integers, constants, options, capability)
 
 
 def compile_quantize(

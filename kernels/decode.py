@@ -198,6 +198,8 @@ DECODERS = {
     "planar8": Decoder(decode_planar8, 2, torch.int16),
     "nibbles8": Decoder(decode_nibbles8, 2, torch.int8, {torch.int8: 1 / 16}),
     "rows8": Decoder(decode_rows8, 1, torch.int8),
+    # A word is the bits of a float; the launcher says of which dtype.
+    "rows16": Decoder(decode_rows8, 1, torch.int16),
     "planar_e4m3": Decoder(decode_planar_e4m3, 2, torch.int16, {torch.float16: 256.0}),
     "rows_e4m3": Decoder(decode_rows_e4m3, 1, torch.int8, {torch.float16: 256.0}),
 }

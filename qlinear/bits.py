@@ -11,7 +11,15 @@ from torch import Tensor
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Packs codes ``[..., L]`` (0 .. 2**bits - 1) into int32 words ``[..., ceil(L*bits/32)]`` along the last axis."""
+    """Packs codes ``[..., L]`` (0 .. 2**bits - 1) into int32 words ``[..., ceil(L*bits/32)]`` along the last axis.
+
+    16 bits are those of any dtype of that size.
+    """
+    if not codes.numel():  # may have any strides, which a view would mind
+        return codes.new_empty((*codes.shape[:-1], -(-codes.shape[-1] * bits // 32)), dtype=torch.int32)
+    if bits == 16:
+        halves = codes.contiguous().view(torch.int16)
+        return torch.nn.functional.pad(halves, (0, codes.shape[-1] % 2)).contiguous().view(torch.int32)
     per_byte, length = 8 // bits, codes.shape[-1]
     padded = -(-length * bits // 32) * 32 // bits
     codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, padded - length))
@@ -25,10 +33,18 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(words: Tensor, bits: int, length: int) -> Tensor:
-    """Unpacks int32 words ``[..., W]`` into uint8 codes ``[..., length]``: the inverse of :func:`pack_bits`."""
+    """Unpacks int32 words ``[..., W]`` into uint8 codes ``[..., length]``: the inverse of :func:`pack_bits`.
+
+    16 bits come as int16.
+    """
     # A last axis of length 1 may have any stride and still count as contiguous; viewing it as bytes wants stride 1.
     words = words.contiguous() if words.shape[-1] != 1 else words.clone(memory_format=torch.contiguous_format)
+    if bits == 16:
+        return words.view(torch.int16)[..., :length]
     packed = words.view(torch.uint8)
+    if bits == 1:
+        places = torch.arange(8, dtype=torch.uint8, device=words.device)
+        return ((packed.unsqueeze(-1) >> places) & 1).flatten(-2)[..., :length]
     return (packed if bits == 8 else unpack_nibbles(packed))[..., :length]
 
 

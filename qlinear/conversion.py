@@ -52,6 +52,7 @@ def convert(
     compute_dtype: torch.dtype | None = None,
     keep_dense: bool = False,
     progress: bool | None = None,
+    prune: str | None = None,
 ) -> nn.Module:
     """Swaps ``nn.Linear`` and Hugging Face ``Conv1D`` for :class:`~qlinear.QLinear`, in place; returns the root.
 
@@ -66,13 +67,16 @@ def convert(
         keep_dense: keep a 16-bit copy of every converted weight for many tokens (:meth:`QLinear.keep_dense`): long
             prompts are as fast as in 16 bit, and the model takes more memory than it did.
         progress: a progress bar on standard error; None shows it where the work is long.
+        prune: how a weight is brought into the pattern of a sparse scheme, for example ``"magnitude"``; None where the
+            model is pruned already.
 
     A module used twice is converted once. Peak extra memory is one layer: what is replaced is kept in a temporary
     file until the end. Any failure leaves the model exactly as it was.
 
     Raises:
-        ValueError: unknown scheme, a pattern that matches no linear layer, nothing to convert, or a layer that was
-            asked for and cannot be converted, or cannot keep a copy; the message names the layer.
+        ValueError: unknown scheme, a pattern that matches no linear layer, nothing to convert, a layer that was
+            asked for and cannot be converted, or cannot keep a copy, or a weight that does not have the pattern of
+            its sparse scheme; the message names the layer.
     """
     rules = _rules(what)
     chosen = [(c, scheme) for c, scheme in choose(model, rules, "convert") if scheme is not None]
@@ -80,7 +84,7 @@ def convert(
     with Undo(model) as undo:
         for candidate, scheme in tqdm(chosen, desc="quantizing", unit="layer", disable=quiet):
             try:
-                new = QLinear.from_float(candidate.module, scheme, compute_dtype)
+                new = QLinear.from_float(candidate.module, scheme, compute_dtype, prune)
                 if keep_dense:
                     new.keep_dense()
             except (ValueError, TypeError, RuntimeError) as error:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qlinear import cpu_sparse
 from qlinear.bits import e4m3_to_float, unpack_bits
 from qlinear.cpu_layout import from_plain, int4_tiles, row_order, zero_points
 from qlinear.format import ROUNDED, Format
@@ -43,6 +44,8 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", colu
 
     ``columns`` is the layer's in_features; only w8a8 asks for it.
     """
+    if fmt.sparsity:
+        return cpu_sparse.path(fmt, tokens)
     if fmt.number == "e4m3":
         rounded = "activations rounded to e4m3 per token; " if fmt.quantized_activations else ""
         return "dequantize + F.linear", f"{rounded}no CPU operator for e4m3: saves memory, not time"
@@ -79,6 +82,8 @@ def matmul(x: Tensor, packed: PackedWeight) -> Tensor:
     fmt, n = packed.format, packed.out_features
     if x.shape[0] == 0:
         return x.new_empty(0, n)
+    if fmt.sparsity:
+        return cpu_sparse.matmul(x, packed.to_layout("cpu"))
     if fmt.number == "e4m3" and fmt.quantized_activations:
         values, token_scale = _round_activations(x, fmt.number)
         # e4m3 is exact in every dtype, but float16 cannot hold a sum of its products.

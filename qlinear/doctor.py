@@ -129,7 +129,7 @@ def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(192, 576, generator=generator).to(dtype)
     x = torch.randn(3, 576, generator=generator).to(dtype)
-    packed = pack(weight.to(device), fmt.name)
+    packed = pack(weight.to(device), fmt.name, prune="magnitude")
     y = torch.ops.qlinear.linear(
         x.to(device),
         packed.weight,
@@ -139,8 +139,9 @@ def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:
         fmt.name,
         packed.in_features,
         packed.out_features,
+        index=packed.index,
     )
-    wanted = reference.matmul(x, pack(weight, fmt.name, layout="plain"))
+    wanted = reference.matmul(x, pack(weight, fmt.name, layout="plain", prune="magnitude"))
     error = ((y.cpu().double() - wanted).norm() / wanted.norm()).item()
     where = (packed.device, packed.layout, *_LAYER)
     ways = paths.paths(fmt, dtype, *where)

@@ -6,6 +6,7 @@ tests.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,9 +21,13 @@ TILE_N = 64
 _GRAMMAR = re.compile(
     r"(?:w(?P<weight>\d+)a(?P<activation>\d+)(?P<fp8>-fp8)?|(?P<short>fp8))"
     r"(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?(?P<asym>-asym)?"
-    r"(?:-(?P<sparsity>2:4|block\d+))?"
+    r"(?:-(?P<sparsity>2:4|block\d+|unstructured))?"
 )
-_GRAMMAR_TEXT = "w<bits>a<bits>[-fp8][-g<size>|-channel][-asym][-2:4|-block<size>]"
+_GRAMMAR_TEXT = "w<bits>a<bits>[-fp8][-g<size>|-channel][-asym][-2:4|-block<size>|-unstructured]"
+
+_Shape = tuple[int, ...]
+#: weight, scale, zero_point and index in the plain layout; all int32 but the scale. None: there is no such tensor.
+PlainShapes = tuple[_Shape, _Shape, _Shape | None, _Shape | None]
 
 
 class Rounded(NamedTuple):
@@ -54,10 +59,13 @@ class Format:
     group_size: int | None
     symmetric: bool
     #: Key of the decoder in :mod:`qlinear.kernels.decode`: ``planar4``, ``planar8`` (16-bit words), ``nibbles8`` or
-    #: ``rows8`` (bytes, for int8 products), ``planar_e4m3`` and ``rows_e4m3`` (the same two orders, of e4m3 bits).
+    #: ``rows8`` (bytes, for int8 products), ``planar_e4m3`` and ``rows_e4m3`` (the same two orders, of e4m3 bits),
+    #: ``rows16`` (16-bit floats as they are).
     packing: str
-    #: What a code is: ``int``, or ``e4m3`` for an 8-bit float.
+    #: What a code is: ``int``, ``e4m3`` for an 8-bit float, or ``float`` for a 16-bit float that has no scale.
     number: str = "int"
+    #: Which weights are stored (see :mod:`qlinear.sparse`): None for all, ``2:4``, ``block64`` or ``unstructured``.
+    sparsity: str | None = None
 
     @property
     def offset(self) -> int:
@@ -93,12 +101,28 @@ class Format:
         return self.integer_activations and self.group_size is None
 
     @property
+    def block(self) -> int | None:
+        """Rows and columns of a block in a block-sparse format, None in others."""
+        return int(self.sparsity[5:]) if self.sparsity and self.sparsity.startswith("block") else None
+
+    @property
+    def dense(self) -> Format | None:
+        """The format of the same values without sparsity; None for 16-bit floats, which are the model's own."""
+        values = (self.bits, self.activation_bits, self.group_size, self.symmetric, self.number)
+        same = (f for f in FORMATS.values() if f.sparsity is None)
+        return next(
+            (f for f in same if (f.bits, f.activation_bits, f.group_size, f.symmetric, f.number) == values), None
+        )
+
+    @property
     def weight_only(self) -> Format:
         """The format of the same weight for 16-bit activations."""
-        return Scheme(self.bits, 16, self.group_size, self.symmetric, number=self.number).format
+        return Scheme(self.bits, 16, self.group_size, self.symmetric, self.sparsity, self.number).format
 
     def groups(self, in_features: int) -> int:
         """Scales in one row of ``in_features`` weights."""
+        if self.number == "float":
+            return 0
         return 1 if self.group_size is None else -(-in_features // self.group_size)
 
     @property
@@ -114,12 +138,49 @@ class Format:
         """int32 words in one column of the plain layout's packed zero points."""
         return -(-out_features * self.bits // 32)
 
-    def weight_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2) -> int:
-        """Bytes of one weight in the plain layout: codes, scales and zero points, padding of the last word included."""
-        groups = self.groups(in_features)
-        codes = out_features * self.words(in_features) * 4
-        zeros = 0 if self.symmetric else self.zero_point_words(out_features) * groups * 4
-        return codes + out_features * groups * scale_bytes + zeros
+    def stored(self, out_features: int, in_features: int, density: float) -> int:
+        """How many blocks (or weights, where unstructured) a share ``density`` of them is; 0 where it is fixed."""
+        if self.block:
+            return round(density * -(-out_features // self.block) * -(-in_features // self.block))
+        return round(density * out_features * in_features) if self.sparsity == "unstructured" else 0
+
+    def plain_shapes(self, out_features: int, in_features: int, stored: int = 0) -> PlainShapes:
+        """Shapes of the plain layout's tensors for ``stored`` blocks or weights (see :mod:`qlinear.sparse`)."""
+        n, k, groups = out_features, in_features, self.groups(in_features)
+        zero = None if self.symmetric else (self.zero_point_words(n), groups)
+        if self.sparsity is None:
+            return (n, self.words(k)), (n, groups), zero, None
+        if self.sparsity == "2:4":
+            return (n, self.words(2 * -(-k // 4))), (n, groups), zero, (n, -(-k // 32))
+        if self.block is None:
+            return (self.words(stored),), (n, groups), zero, (n, 1 + -(-k // 32))
+        scales = (stored, self.block) if self.group_size else (n, groups)
+        index = (-(-n // self.block) + 1 + stored,)
+        return (stored, self.block, self.words(self.block)), scales, None, index
+
+    def weight_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2, density: float = 0.5) -> int:
+        """Bytes of one weight in the plain layout: codes, scales, zero points and index, padding of words included.
+
+        Args:
+            density: the share of blocks (or of weights, where unstructured) that is stored; others do not ask for it.
+        """
+        stored = self.stored(out_features, in_features, density)
+        weight, scale, zero, index = self.plain_shapes(out_features, in_features, stored)
+        words = sum(math.prod(shape) for shape in (weight, zero, index) if shape is not None)
+        return 4 * words + scale_bytes * math.prod(scale)
+
+    def smaller_dense(self, out_features: int, in_features: int, density: float) -> Format | None:
+        """The dense format that is no larger than this sparse one and has the most bits; None where all are larger.
+
+        Where there is one, pruning to this density and pattern saves less than storing every weight in fewer bits.
+        """
+        most = self.weight_bytes(out_features, in_features, density=density)
+        found = [
+            (f.bits, f.weight_bytes(out_features, in_features), f)
+            for f in DENSE.values()
+            if f.activation_bits == self.activation_bits and f.weight_bytes(out_features, in_features) <= most
+        ]
+        return max(found, key=lambda entry: entry[:2])[2] if found and self.sparsity else None
 
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype scales are stored in: the weight's own, except that grouped or asymmetric float32 becomes float16.
@@ -128,6 +189,8 @@ class Format:
         """
         if weight_dtype in (torch.float16, torch.bfloat16):
             return weight_dtype
+        if self.number == "float":
+            return torch.float16
         return torch.float32 if self.group_size is None and self.symmetric else torch.float16
 
     def max_error(self, dtype: torch.dtype) -> float:
@@ -147,21 +210,43 @@ def _supported() -> dict[str, Format]:
     for symmetric, suffix in ((True, ""), (False, "-asym")):
         for group, infix in ((128, ""), (64, "-g64"), (32, "-g32"), (None, "-channel")):
             formats.append(Format(f"w4a16{infix}{suffix}", 4, 16, group, symmetric, "planar4"))
-    return {f.name: f for f in formats}
+    return {f.name: f for f in [*formats, *_sparse()]}
+
+
+def _sparse() -> list[Format]:
+    formats = [
+        Format("w4a16-2:4", 4, 16, 128, True, "planar4", sparsity="2:4"),
+        Format("w4a16-asym-2:4", 4, 16, 128, False, "planar4", sparsity="2:4"),
+        # A group is a row of a block: no scale is stored where no block is.
+        Format("w4a16-block64", 4, 16, 64, True, "planar4", sparsity="block64"),
+    ]
+    for sparsity in ("2:4", "block64", "unstructured"):
+        formats.append(Format(f"w8a16-{sparsity}", 8, 16, None, True, "planar8", sparsity=sparsity))
+        formats.append(Format(f"w16a16-{sparsity}", 16, 16, None, True, "rows16", "float", sparsity))
+    return formats
 
 
 #: Every format that exists, by the name of its scheme. Tests, benchmarks and ``qlinear doctor`` walk this.
 FORMATS: dict[str, Format] = _supported()
+#: Those that store every weight.
+DENSE: dict[str, Format] = {name: f for name, f in FORMATS.items() if f.sparsity is None}
+
+
+def _default_group(bits: int, sparsity: str | None) -> int | None:
+    """The group_size of a scheme that names none: 128 for int4, or a row of a block; None is one per channel."""
+    if bits != 4:
+        return None
+    return min(128, int(sparsity[5:])) if sparsity and sparsity.startswith("block") else 128
 
 
 @dataclass(frozen=True)
 class Scheme:
     """What a user asks for: weight and activation bits, granularity, symmetry, sparsity, kind of number.
 
-    The grammar is ``w<bits>a<bits>[-fp8][-g<size>|-channel][-asym][-2:4|-block<size>]``; ``w4a16`` means group_size 128
-    and ``w8a16`` one scale per output channel. ``-fp8`` means 8-bit floats (e4m3) in the place of integers, and ``fp8``
-    alone is short for ``w8a8-fp8``: weights per output channel, activations per token. ``str(Scheme.parse(s))`` is the
-    canonical name, and parses to the same scheme.
+    The grammar is ``w<bits>a<bits>[-fp8][-g<size>|-channel][-asym][-2:4|-block<size>|-unstructured]``; ``w4a16`` means
+    group_size 128 (in blocks that of a block) and ``w8a16`` one scale per output channel. ``-fp8`` means 8-bit floats
+    (e4m3) in the place of integers, and ``fp8`` alone is short for ``w8a8-fp8``: weights per output channel,
+    activations per token. ``str(Scheme.parse(s))`` is the canonical name, and parses to the same scheme.
 
     Raises:
         ValueError: the scheme cannot be parsed or does not exist; the message lists those that do.
@@ -193,15 +278,15 @@ class Scheme:
         number = "e4m3" if match["fp8"] or match["short"] else "int"
         bits, activation_bits = (8, 8) if match["short"] else (int(match["weight"]), int(match["activation"]))
         group = int(match["group"]) if match["group"] else None
-        if group is None and not match["channel"] and bits == 4:
-            group = 128
+        if group is None and not match["channel"]:
+            group = _default_group(bits, match["sparsity"])
+        number = "float" if bits == 16 else number
         return cls(bits, activation_bits, group, not match["asym"], match["sparsity"], number)
 
     def __str__(self) -> str:
         name = f"w{self.weight_bits}a{self.activation_bits}" + ("-fp8" if self.number == "e4m3" else "")
         name = "fp8" if name == "w8a8-fp8" else name
-        default = 128 if self.weight_bits == 4 else None
-        if self.group_size != default:
+        if self.group_size != _default_group(self.weight_bits, self.sparsity):
             name += "-channel" if self.group_size is None else f"-g{self.group_size}"
         return name + ("" if self.symmetric else "-asym") + (f"-{self.sparsity}" if self.sparsity else "")
 

@@ -29,13 +29,16 @@ class Row:
     paths: dict[int, str] | None = None
     #: The dtype of a kept 16-bit copy, whose bytes are in ``bytes_after``; None where there is none.
     kept_copy: str | None = None
+    #: A dense scheme that holds every weight in no more bytes than this sparse one the kept ones; None: there is none.
+    smaller_dense: str | None = None
 
     @property
     def note(self) -> str:
         """Why it is in float, or how it is stored."""
         if self.reason is not None:
             return self.reason
-        return f"{self.layout} layout" + (f", {self.kept_copy} copy" if self.kept_copy else "")
+        smaller = f"; dense {self.smaller_dense} would be no larger" if self.smaller_dense else ""
+        return f"{self.layout} layout" + (f", {self.kept_copy} copy" if self.kept_copy else "") + smaller
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,10 @@ def _packed_row(name: str, layer: QLinear) -> Row:
         layer.format, dtype, layer.weight_packed.device, layer.layout, layer.in_features, layer.out_features, kept
     )
     name = f"{name}.weight" if name else "weight"
+    smaller = layer.format.smaller_dense(*shape, layer.packed.density) if layer.format.sparsity else None
+    smaller_name = None if smaller is None else smaller.name
     copy = None if dense is None else str(dense.dtype).removeprefix("torch.")
-    return Row(name, shape, layer.scheme, before, layer.nbytes, layer.layout, None, ways, copy)
+    return Row(name, shape, layer.scheme, before, layer.nbytes, layer.layout, None, ways, copy, smaller_name)
 
 
 def _float_row(name: str, parameter: Tensor, reason: str) -> Row:

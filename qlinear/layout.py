@@ -40,7 +40,7 @@ def layout_of(weight: Tensor) -> str:
     """The layout of a packed weight, told by its dtype and shape alone."""
     if weight.dtype == torch.int32:
         return "plain"
-    return "triton" if weight.dim() == 4 else "cpu"
+    return "triton" if weight.dim() > 2 else "cpu"
 
 
 def native_layout(device: torch.device) -> str:

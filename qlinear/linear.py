@@ -9,22 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from qlinear import layout as layouts
-from qlinear import ops
+from qlinear import ops, sparse
 from qlinear.float_layers import float_tensor, is_conv1d
 from qlinear.format import FORMATS, Format, Scheme
-from qlinear.packing import PackedWeight, pack_codes
+from qlinear.packing import PackedWeight, pack_codes, patterned
 from qlinear.quantize import quantize
 
-_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
+_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_index")
 
 
 class QLinear(nn.Module):
     """A linear layer with packed weights: ``y = x @ W.T + bias`` for x ``[..., in_features]``, 16-bit float or float32.
 
     Buffers carry the names and the plain layout of a checkpoint: ``weight_packed`` int32, ``weight_scale``,
-    ``weight_zero_point`` int32 (asymmetric schemes). :meth:`prepare` puts them into the layout this device computes
-    with, in place; ``state_dict``, pickling and ``deepcopy`` always go through plain, so no file holds one
-    machine's private order. ``to(dtype)`` changes the bias and never the codes or the stored scales.
+    ``weight_zero_point`` int32 (asymmetric schemes), ``weight_index`` int32 (sparse schemes). :meth:`prepare` puts them
+    into the layout this device computes with, in place; ``state_dict``, pickling and ``deepcopy`` always go through
+    plain, so no file holds one machine's private order. ``to(dtype)`` changes the bias and never the codes or the
+    stored scales.
 
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
@@ -39,6 +40,7 @@ class QLinear(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    weight_index: Tensor | None
     #: The 16-bit copy of :meth:`keep_dense`; None where there is none.
     weight_dense: Tensor | None
     bias: nn.Parameter | None
@@ -60,25 +62,34 @@ class QLinear(nn.Module):
         self.float_dtype, self.compute_dtype = dtype, compute_dtype
         #: Whether it stands for a Hugging Face ``Conv1D``, whose own weight is ``[in, out]``.
         self.from_conv1d = False
-        fmt, groups = self.format, self.format.groups(in_features)
-        zero = None if fmt.symmetric else _empty((fmt.zero_point_words(out_features), groups), torch.int32, device)
-        self.register_buffer("weight_packed", _empty((out_features, fmt.words(in_features)), torch.int32, device))
-        self.register_buffer(
-            "weight_scale", _empty((out_features, groups), fmt.scale_dtype(compute_dtype or dtype), device)
-        )
-        self.register_buffer("weight_zero_point", zero)
+        fmt = self.format
+        # Where the number of stored blocks or weights is up to the weight there are none yet: all of it is zero.
+        weight, scale, zero, index = fmt.plain_shapes(out_features, in_features)
+        self.register_buffer("weight_packed", _empty(weight, torch.int32, device))
+        self.register_buffer("weight_scale", _empty(scale, fmt.scale_dtype(compute_dtype or dtype), device))
+        self.register_buffer("weight_zero_point", None if zero is None else _empty(zero, torch.int32, device))
+        self.register_buffer("weight_index", None if index is None else _empty(index, torch.int32, device).zero_())
         # No buffer: it is made anew from the codes wherever the layer goes.
         self.weight_dense = None
         self.dense_dtype: torch.dtype | None = None
         self.bias = nn.Parameter(_empty((out_features,), dtype, device)) if bias else None
 
     @classmethod
-    def from_float(cls, linear: nn.Module, scheme: str | Scheme, compute_dtype: torch.dtype | None = None) -> QLinear:
+    def from_float(
+        cls,
+        linear: nn.Module,
+        scheme: str | Scheme,
+        compute_dtype: torch.dtype | None = None,
+        prune: str | None = None,
+    ) -> QLinear:
         """Quantizes an ``nn.Linear`` or a Hugging Face ``Conv1D``; the layer itself is left alone, its bias is shared.
+
+        ``prune`` names a method that brings the weight into the pattern of a sparse scheme first.
 
         Raises:
             TypeError: the layer is neither.
-            ValueError: unknown scheme, or a weight that is not finite or has no data (``meta``).
+            ValueError: unknown scheme or method, or a weight that is not finite, has no data (``meta``) or not the
+                pattern of a sparse scheme.
         """
         conv1d = is_conv1d(linear)
         if not (conv1d or isinstance(linear, nn.Linear)):
@@ -93,6 +104,7 @@ class QLinear(nn.Module):
         n, k = weight.shape
         self = cls(k, n, scheme, bias=False, device="meta", dtype=weight.dtype, compute_dtype=compute_dtype)
         source = weight if compute_dtype is None else weight.to(compute_dtype)
+        source = patterned(source, self.format, prune)
         self._set(pack_codes(quantize(source, self.format), self.format))
         self.from_conv1d = conv1d
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
@@ -113,6 +125,7 @@ class QLinear(nn.Module):
             self.format,
             self.out_features,
             self.in_features,
+            self.weight_index,
         )
 
     @property
@@ -195,7 +208,7 @@ class QLinear(nn.Module):
         return self.layout != "plain" or self.weight_dense is not None
 
     def _set(self, packed: PackedWeight) -> None:
-        self.weight_packed, self.weight_scale, self.weight_zero_point = packed.weight, packed.scale, packed.zero_point
+        self.weight_packed, self.weight_scale, self.weight_zero_point, self.weight_index = packed.tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
         probe = fn(self.weight_packed.new_empty(0))
@@ -222,7 +235,7 @@ class QLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.layout != "plain":
             plain = self.packed.to_layout("plain")
-            for name, tensor in zip(_BUFFERS, (plain.weight, plain.scale, plain.zero_point), strict=True):
+            for name, tensor in zip(_BUFFERS, plain.tensors, strict=True):
                 if tensor is not None:
                     destination[prefix + name] = tensor
 
@@ -230,6 +243,8 @@ class QLinear(nn.Module):
         prepared = self._prepared
         if prepared:
             self.unprepare()
+        if self.weight_index is not None:
+            self._fit(state_dict, prefix)
         scale = state_dict.get(prefix + "weight_scale")
         if isinstance(scale, Tensor) and scale.is_floating_point() and scale.shape == self.weight_scale.shape:
             # The checkpoint's scales are kept as they are; copying into another dtype would round them.
@@ -238,11 +253,26 @@ class QLinear(nn.Module):
         if prepared:
             self.prepare()
 
+    def _fit(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Makes room for as many blocks or weights as a checkpoint has, where it has them in a consistent way.
+
+        Raises:
+            ValueError: its index contradicts itself or the weight; the message names the layer.
+        """
+        given = [state_dict.get(prefix + name) for name in _BUFFERS]
+        try:
+            shapes = sparse.shapes_of(given, self.format, self.out_features, self.in_features)
+        except ValueError as error:
+            raise ValueError(f"layer {prefix.removesuffix('.')!r}: {error}") from None
+        for name, shape in zip(_BUFFERS, shapes or (), strict=shapes is not None):
+            own = getattr(self, name)
+            if own is not None and own.shape != shape:
+                setattr(self, name, own.new_empty(shape))
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         plain = self.packed.to_layout("plain")
-        tensors = zip(_BUFFERS, (plain.weight, plain.scale, plain.zero_point), strict=True)
-        state["_buffers"] = {**self._buffers, **dict(tensors)}
+        state["_buffers"] = {**self._buffers, **dict(zip(_BUFFERS, plain.tensors, strict=True))}
         state["weight_dense"] = None
         state["_was_prepared"] = self._prepared
         return state

@@ -3,9 +3,11 @@
 Export and CUDA graphs see one opaque call per layer, and so does compile where activations stay in float. The scheme
 travels by name; the layout is told by the weight.
 
-- ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features, dense?)``: ``x @ W.T + bias`` for x
-  ``[..., K]``; ``dense`` is the weight ``[N, K]`` in 16 bit, used for many tokens of its dtype.
-- ``dequantize(weight, scale, zero_point?, scheme, in_features, out_features, dtype)``: the float weight ``[N, K]``.
+- ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features, dense?, index?)``: ``x @ W.T +
+  bias`` for x ``[..., K]``; ``dense`` is the weight ``[N, K]`` in 16 bit, used for many tokens of its dtype; ``index``
+  says where the weights of a sparse scheme belong.
+- ``dequantize(weight, scale, zero_point?, scheme, in_features, out_features, dtype, index?)``: the float weight
+  ``[N, K]``.
 
 Operators on rounded tokens are in :mod:`qlinear.token_ops`.
 """
@@ -34,11 +36,11 @@ _FEW_TOKENS = 128
 _library = torch.library.Library("qlinear", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, str scheme, "
-    "int in_features, int out_features, Tensor? dense=None) -> Tensor"
+    "int in_features, int out_features, Tensor? dense=None, Tensor? index=None) -> Tensor"
 )
 _library.define(
     "dequantize(Tensor weight, Tensor scale, Tensor? zero_point, str scheme, int in_features, int out_features, "
-    "ScalarType dtype) -> Tensor"
+    "ScalarType dtype, Tensor? index=None) -> Tensor"
 )
 
 
@@ -76,6 +78,8 @@ def _linear_cpu(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Ten
 def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
     if packed.layout != "triton":
         return _linear_any(x, packed, bias, dense)
+    if packed.index is not None:
+        return _linear_blocks(x, packed, bias)
     # Triton is imported where a GPU needs it, so that `import qlinear` works without either.
     from qlinear.kernels.dequantize import linear_tensors
     from qlinear.kernels.int8 import quantized_linear_tensors
@@ -90,6 +94,15 @@ def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Te
         return _linear_dense(x, dense, bias)
     multiply = quantized_linear_tensors if fmt.quantized_activations else linear_tensors if many else matmul_tensors
     return multiply(flat, packed.weight, packed.scale, fmt, n, bias).view(*x.shape[:-1], n)
+
+
+def _linear_blocks(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    from qlinear.kernels.blocks import block_linear_tensors
+
+    weight, scale, _, index = packed.tensors
+    assert index is not None
+    flat, n = x.reshape(-1, packed.in_features), packed.out_features
+    return block_linear_tensors(flat, weight, scale, index, packed.format, n, bias).view(*x.shape[:-1], n)
 
 
 def _linear_any(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
@@ -110,7 +123,7 @@ def _dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def _dequantize_cuda(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    if packed.layout != "triton":
+    if packed.layout != "triton" or packed.index is not None:
         return _dequantize(packed, dtype)
     from qlinear.kernels.dequantize import dequantize
 
@@ -129,9 +142,9 @@ def _with_linear_schema(compute: _Linear) -> Callable[..., Tensor]:
 
     def implementation(
         x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, k: int, n: int,
-        dense: Tensor | None = None,
+        dense: Tensor | None = None, index: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        packed = PackedWeight(weight, scale, zero, FORMATS[scheme], n, k)
+        packed = PackedWeight(weight, scale, zero, FORMATS[scheme], n, k, index)
         _check(x, packed)
         return compute(x, packed, bias, dense)
 
@@ -142,9 +155,10 @@ def _with_dequantize_schema(compute: Callable[[PackedWeight, torch.dtype], Tenso
     """``compute`` with the arguments of the operator ``dequantize``."""
 
     def implementation(
-        weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype
-    ) -> Tensor:
-        return compute(PackedWeight(weight, scale, zero, FORMATS[scheme], n, k), dtype)
+        weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, k: int, n: int, dtype: torch.dtype,
+        index: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return compute(PackedWeight(weight, scale, zero, FORMATS[scheme], n, k, index), dtype)
 
     return implementation
 
@@ -160,20 +174,21 @@ torch.library.register_fake("qlinear::dequantize", _with_dequantize_schema(_dequ
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, scale, zero, bias, ctx.scheme, ctx.k, ctx.n = inputs[:8]
-    ctx.save_for_backward(weight, scale, zero)
+    index = inputs[9] if len(inputs) > 9 else None
+    ctx.save_for_backward(weight, scale, zero, index)
     ctx.has_bias = bias is not None
 
 
 def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The weight is a constant: gradients reach the input (through the dequantized weight) and the bias."""
-    weight, scale, zero = ctx.saved_tensors
+    weight, scale, zero, index = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        dense = torch.ops.qlinear.dequantize(weight, scale, zero, ctx.scheme, ctx.k, ctx.n, grad.dtype)
+        dense = torch.ops.qlinear.dequantize(weight, scale, zero, ctx.scheme, ctx.k, ctx.n, grad.dtype, index)
         grad_x = grad @ dense
     if ctx.has_bias and ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, ctx.n).sum(0)
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
 torch.library.register_autograd("qlinear::linear", _input_gradient, setup_context=_remember, lib=_library)
@@ -212,9 +227,8 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, dense: T
         or torch._C._get_tracing_state() is not None
         or is_in_torch_dispatch_mode()
     ):
-        weight, scale, zero, fmt, n, k = (
-            packed.weight, packed.scale, packed.zero_point, packed.format, packed.out_features, packed.in_features
-        )  # fmt: skip
-        return _linear_op(x, weight, scale, zero, bias, fmt.name, k, n, dense)
+        weight, scale, zero, index = packed.tensors
+        fmt, n, k = packed.format, packed.out_features, packed.in_features
+        return _linear_op(x, weight, scale, zero, bias, fmt.name, k, n, dense, index)
     _check(x, packed)
     return direct(x, packed, bias, dense)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlinear import layout as layouts
+from qlinear import sparse, sparse_layout
 from qlinear.bits import pack_bits, unpack_bits
 from qlinear.format import Format, Scheme
 from qlinear.quantize import Codes, quantize
@@ -25,6 +26,9 @@ class PackedWeight:
     - ``plain``: ``weight`` int32 ``[N, ceil(K*bits/32)]``, ``scale`` ``[N, G]``, ``zero_point`` int32
       ``[ceil(N*bits/32), G]`` packed along N, or None where symmetric. This is what a checkpoint holds.
     - ``triton``: what the GPU kernels read. - ``cpu``: what PyTorch's packed CPU operators read.
+
+    A sparse format stores the kept weights only, and ``index`` says where they belong: see :mod:`qlinear.sparse`.
+    Blocks have a layout of their own for the GPU kernels; everything else sparse is plain on every device.
     """
 
     weight: Tensor
@@ -33,6 +37,7 @@ class PackedWeight:
     format: Format
     out_features: int
     in_features: int
+    index: Tensor | None = None
 
     @property
     def layout(self) -> str:
@@ -41,7 +46,23 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes the tensors hold in this layout, padding included."""
-        return sum(t.nbytes for t in (self.weight, self.scale, self.zero_point) if t is not None)
+        return sum(t.nbytes for t in self.tensors if t is not None)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """weight, scale, zero_point, index."""
+        return self.weight, self.scale, self.zero_point, self.index
+
+    @property
+    def density(self) -> float:
+        """The share of weights that is stored (in blocks, of whole blocks): 1 where the format is dense."""
+        weight, _, _, index = self.to_layout("plain").tensors
+        if index is None:
+            return 1.0
+        if self.format.sparsity == "2:4":
+            return 0.5
+        shape = (self.out_features, self.in_features)
+        return sparse.stored(weight, index, self.format, *shape) / self.format.stored(*shape, 1.0)
 
     @property
     def device(self) -> torch.device:
@@ -54,6 +75,9 @@ class PackedWeight:
         zero = None
         if plain.zero_point is not None:
             zero = unpack_bits(plain.zero_point.t(), fmt.bits, self.out_features).t().contiguous()
+        if plain.index is not None:
+            shape = (self.out_features, self.in_features)
+            return sparse.expand(plain.weight, plain.scale, zero, plain.index, fmt, *shape)
         return Codes(unpack_bits(plain.weight, fmt.bits, self.in_features), plain.scale, zero)
 
     def to_layout(self, layout: str | None = None) -> PackedWeight:
@@ -65,6 +89,11 @@ class PackedWeight:
         target = layout or layouts.native_layout(self.device)
         if target not in layouts.LAYOUTS:
             raise ValueError(f"layout {target!r} does not exist; the layouts are: {', '.join(layouts.LAYOUTS)}")
+        if self.index is not None:
+            weight, scale, index = sparse_layout.convert(
+                self.weight, self.scale, self.index, target, self.format, self.out_features
+            )
+            return replace(self, weight=weight, scale=scale, index=index)
         tensors = (self.weight, self.scale, self.zero_point)
         tensors = layouts.convert(tensors, self.layout, target, self.format, self.out_features, self.in_features)
         return replace(self, weight=tensors[0], scale=tensors[1], zero_point=tensors[2])
@@ -80,8 +109,11 @@ def dequantize_codes(
 ) -> Tensor:
     """``(code - zero_point) * scale`` for uint8 codes ``[N, K]`` and scales ``[N, G]``, rounded to ``dtype`` once.
 
-    Where codes are the bits of e4m3 there is no zero point: that float times the scale.
+    Where codes are the bits of e4m3 there is no zero point: that float times the scale. Codes
+    that are 16-bit floats are the weights themselves.
     """
+    if fmt.number == "float":
+        return codes.to(dtype)
     if zero_point is not None:
         zero_point = expand_groups(zero_point, fmt, codes.shape[1])
     return scaled(signed(codes, zero_point, fmt), scale, fmt, dtype)
@@ -115,19 +147,41 @@ def pack_codes(codes: Codes, fmt: Format) -> PackedWeight:
     zero = None
     if codes.zero_point is not None:
         zero = pack_bits(codes.zero_point.t(), fmt.bits).t().contiguous()
+    if fmt.sparsity:
+        weight, scale, index = sparse.compress(codes, fmt)
+        return PackedWeight(weight, scale, zero, fmt, n, k, index)
     return PackedWeight(pack_bits(codes.codes, fmt.bits), codes.scale.contiguous(), zero, fmt, n, k)
 
 
-def pack(weight: Tensor, scheme: str | Scheme, layout: str | None = None) -> PackedWeight:
+def patterned(weight: Tensor, fmt: Format, prune: str | None) -> Tensor:
+    """The weight, pruned by the method where the format is sparse and one is given.
+
+    Raises:
+        ValueError: the format is sparse and the weight does not have its pattern; or an unknown method.
+    """
+    if fmt.sparsity is None:
+        return weight
+    if prune is not None:
+        return sparse.prune_weight(weight, fmt, prune)
+    sparse.check_pattern(weight, fmt)
+    return weight
+
+
+def pack(weight: Tensor, scheme: str | Scheme, layout: str | None = None, *, prune: str | None = None) -> PackedWeight:
     """Quantizes and packs a float weight ``[out_features, in_features]``.
 
     Args:
         weight: any float dtype, any device.
         scheme: for example ``"w4a16"``.
         layout: ``plain``, ``triton`` or ``cpu``; None is the layout the weight's device computes with.
+        prune: how a weight is brought into the pattern of a sparse scheme, for example ``"magnitude"``; None where it
+            has the pattern. A dense scheme has none.
 
     Raises:
-        ValueError: unknown scheme or layout, or a weight that is not a finite float matrix.
+        ValueError: unknown scheme, layout or method, a weight that is not a finite float matrix, or one that does not
+            have the pattern of a sparse scheme.
     """
     fmt = Scheme.parse(scheme).format
+    if weight.dim() == 2:
+        weight = patterned(weight, fmt, prune)
     return pack_codes(quantize(weight, fmt), fmt).to_layout(layout)

@@ -38,8 +38,8 @@ def _few_tokens(
     """The most tokens that are multiplied by the packed weight itself; None: any number."""
     if device.type == "cpu":
         return cpu.few_tokens(fmt, dtype, layout) if kept else None
-    if layout != "triton":
-        return 0 if kept else None
+    if layout != "triton" or fmt.sparsity:
+        return 0 if kept and layout != "triton" else None
     from qlinear.kernels.tuned import fused_tokens_on
 
     return fused_tokens_on(device, n, k, fmt, dtype, kept)
@@ -55,6 +55,8 @@ def _path(
         return cpu.path(fmt, dtype, tokens, layout, k)
     if layout != "triton":
         return "dequantize + F.linear", f"no kernel reads the {layout} layout on {kind}"
+    if fmt.block:
+        return "Triton block-sparse matmul", "only stored blocks are read and multiplied"
     if fmt.quantized_activations and fmt.number == "e4m3":
         return _fp8_path()
     if fmt.integer_activations:

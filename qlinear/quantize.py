@@ -55,7 +55,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Codes(NamedTuple):
     """A quantized weight before packing: the value of an element is ``(code - zero_point) * scale``."""
 
-    codes: Tensor  # uint8 [N, K], 0 .. 2**bits - 1
+    codes: Tensor  # [N, K]: uint8, 0 .. 2**bits - 1, or the 16-bit floats themselves
     scale: Tensor  # float [N, G]; may be negative where the format is symmetric
     zero_point: Tensor | None  # uint8 [N, G]; None where the format is symmetric: the zero point is then fmt.offset
 
@@ -84,6 +84,9 @@ def quantize(weight: Tensor, fmt: Format, search: bool = True) -> Codes:
             the dtype of its scales (only where float32 or float64 weights get float16 scales).
     """
     dtype = _check(weight, fmt)
+    if fmt.number == "float":
+        empty = torch.empty((len(weight), 0), dtype=dtype, device=weight.device)
+        return Codes(weight.detach().to(dtype), empty, None)
     found = on_grid(weight.detach(), fmt, dtype) if search else None
     if found is not None:
         return Codes(*found)
@@ -121,6 +124,13 @@ def _check(weight: Tensor, fmt: Format) -> torch.dtype:
     largest, dtype = max(-low, high), fmt.scale_dtype(weight.dtype)
     if not largest < float("inf"):
         raise ValueError("the weight holds NaN or infinity; it cannot be quantized")
+    if fmt.number == "float":
+        if largest > torch.finfo(dtype).max:
+            raise ValueError(
+                f"the weight's largest magnitude is {largest:.3g}, which {dtype} does not hold; "
+                "convert the model to torch.bfloat16 first"
+            )
+        return dtype
     unit = largest / fmt.largest if fmt.symmetric else (max(high, 0.0) - min(low, 0.0)) / fmt.max_code
     if unit > torch.finfo(dtype).max or 0 < unit < smallest(dtype):
         raise ValueError(
@@ -151,7 +161,9 @@ def _quantize_rows(weight: Tensor, fmt: Format, search: bool, rows: slice, out: 
     grid = _grid(x, peak, fmt, out.scale.dtype, ratios if search else (1.0,), axis)
     scale, low, high = grid.at(0)
     if search:
-        outlier = _outliers(x, peak, k, groups, axis)
+        # A row is as long as what it keeps.
+        kept = (x != 0).sum(axis).view(-1, groups).sum(1, keepdim=True) if fmt.sparsity else k
+        outlier = _outliers(x, peak, kept, groups, axis)
         scale, low, high = _best(x, grid, peak, outlier, axis, fmt)
     values = _round(x, peak / scale, low, high, torch.empty_like(x), fmt)
     codes = values.to(torch.float8_e4m3fn).view(torch.uint8) if fmt.number == "e4m3" else values.sub_(low)
@@ -196,8 +208,8 @@ def _magic(device: torch.device) -> Tensor:
     return torch.full((), _MAGIC, device=device)
 
 
-def _outliers(x: Tensor, peak: Tensor, k: int, groups: int, axis: int) -> Tensor:
-    """The groups whose largest magnitude stands far out of their row (x is each group over its peak)."""
+def _outliers(x: Tensor, peak: Tensor, k: int | Tensor, groups: int, axis: int) -> Tensor:
+    """The groups whose largest magnitude stands far out of their row of k weights (x is each group over its peak)."""
     peaks = peak.view(-1, groups)
     relative = peaks / peaks.amax(1, keepdim=True)  # of the row's largest, so that no square overflows
     energy = (x * x).sum(axis).view(-1, groups) * relative.square()

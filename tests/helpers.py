@@ -20,14 +20,14 @@ def dtype_id(dtype: object) -> str:
 
 
 def to_device(packed: PackedWeight, device: torch.device) -> PackedWeight:
-    zero = None if packed.zero_point is None else packed.zero_point.to(device)
-    return replace(packed, weight=packed.weight.to(device), scale=packed.scale.to(device), zero_point=zero)
+    weight, scale, zero, index = (None if t is None else t.to(device) for t in packed.tensors)
+    return replace(packed, weight=weight, scale=scale, zero_point=zero, index=index)
 
 
 def random_weight(fmt: Format, n: int, k: int, dtype: torch.dtype, device: torch.device) -> PackedWeight:
     """A weight ``[n, k]`` in the layout of the kernels, quantized from random numbers of ``dtype``."""
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return to_device(pack(weight, fmt.name, layout="triton"), device)
+    return to_device(pack(weight, fmt.name, layout="triton", prune="magnitude"), device)
 
 
 def coded_weight(fmt: Format, n: int, k: int, scale: Tensor, device: torch.device) -> PackedWeight:

@@ -19,13 +19,18 @@ def float_layer(bias=True, dtype=torch.bfloat16, n=N, k=K):
 
 
 def layer(scheme="w4a16", **kwargs):
-    return QLinear.from_float(float_layer(**kwargs), scheme)
+    return QLinear.from_float(float_layer(**kwargs), scheme, prune="magnitude")
+
+
+def native(scheme):
+    """What the CPU computes with: sparse weights are plain there."""
+    return "cpu" if qlinear.FORMATS[scheme].sparsity is None else "plain"
 
 
 def plain_bits(q):
     """The weight's plain tensors as bytes."""
     plain = q.packed.to_layout("plain")
-    return [bits(t) for t in (plain.weight, plain.scale, plain.zero_point) if t is not None]
+    return [bits(t) for t in plain.tensors if t is not None]
 
 
 def assert_same_weight(a, b):

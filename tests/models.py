@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlinear.bits import pack_bits
 from qlinear.format import Format
-from qlinear.packing import PackedWeight
+from qlinear.packing import PackedWeight, pack_codes
+from qlinear.quantize import Codes
+from qlinear.sparse import fill, prune_weight
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,15 +29,23 @@ CPU_LEVELS = [
 
 
 def random_packed(fmt: Format, n: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PackedWeight:
-    """A plain packed weight with every code and zero point equally likely; ``dtype`` is that of the float weight."""
+    """A plain packed weight with every code and zero point equally likely; ``dtype`` is that of the float weight.
+
+    Where the format is sparse, about half of it is kept.
+    """
     g = torch.Generator().manual_seed(seed)
-    codes = finite(torch.randint(0, fmt.max_code + 1, (n, k), generator=g, dtype=torch.uint8), fmt)
+    if fmt.number == "float":
+        codes = torch.randn(n, k, generator=g).to(fmt.scale_dtype(dtype))
+    else:
+        codes = finite(torch.randint(0, fmt.max_code + 1, (n, k), generator=g, dtype=torch.uint8), fmt)
     scale = (0.01 + 0.02 * torch.rand(n, fmt.groups(k), generator=g)).to(fmt.scale_dtype(dtype))
     zero = None
     if not fmt.symmetric:
-        zeros = torch.randint(0, fmt.max_code + 1, (fmt.groups(k), n), generator=g, dtype=torch.uint8)
-        zero = pack_bits(zeros, fmt.bits).t().contiguous()
-    return PackedWeight(pack_bits(codes, fmt.bits), scale, zero, fmt, n, k)
+        zero = torch.randint(0, fmt.max_code + 1, (fmt.groups(k), n), generator=g, dtype=torch.uint8).t()
+    if fmt.sparsity:
+        kept = prune_weight(torch.rand(n, k, generator=g) + 0.1, fmt, "magnitude") != 0
+        codes = torch.where(kept, codes, fill(zero, fmt, codes, k))
+    return pack_codes(Codes(codes, scale, zero), fmt)
 
 
 def finite(codes: Tensor, fmt: Format) -> Tensor:

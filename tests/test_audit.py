@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from bench import budgets, predict, sass
-from bench.audit import CAPABILITIES, Audited, audit, jobs_of, tile_bytes, unroll_of
+from bench.audit import CAPABILITIES, SCHEMES, Audited, audit, jobs_of, tile_bytes, unroll_of
 from bench.audit_tables import run
 from bench.cubins import Job
 from bench.problems import Problem
-from qlinear.format import FORMATS
+from qlinear.format import DENSE
 from qlinear.kernels.compile import cuobjdump
 from qlinear.kernels.configs import Config
 from qlinear.kernels.crossover import dequantize_seconds, vendor_seconds
@@ -105,14 +105,14 @@ def test_bytes_and_products_of_an_iteration(loop: sass.Loop) -> None:
     assert loop.copied_bytes(128) == loop.copied_bytes_before(128) == 128 * 64 + 16 * 256
     assert loop.loaded_bytes(128) == 128 * (4 + 8)
     assert loop.macs(4) == 128 * 16 * 128
-    config, fmt = Config(16, 128, 4, 2), FORMATS["w4a16"]
+    config, fmt = Config(16, 128, 4, 2), DENSE["w4a16"]
     assert tile_bytes(config, fmt, torch.float16) == (8192, 4096)
     assert unroll_of(loop, config, fmt, torch.float16) == 1
 
 
 def test_a_loop_that_contradicts_itself_is_not_counted(loop: sass.Loop) -> None:
     with pytest.raises(ValueError, match=r"of 2\.0 blocks along K, its copies of 1"):
-        unroll_of(loop, Config(8, 128, 4, 2), FORMATS["w4a16"], torch.float16)
+        unroll_of(loop, Config(8, 128, 4, 2), DENSE["w4a16"], torch.float16)
 
 
 def test_loads_that_are_used_at_once_are_told_from_those_that_are_carried(loop: sass.Loop) -> None:
@@ -194,7 +194,7 @@ def test_blocks_per_sm(use: predict.Resources, blocks: int) -> None:
 
 
 def test_traffic() -> None:
-    problem, fmt = Problem("m", "l", 16, 4096, 4096), FORMATS["w4a16"]
+    problem, fmt = Problem("m", "l", 16, 4096, 4096), DENSE["w4a16"]
     moved = predict.traffic(problem, fmt, Config(16, 256, 4, 4, split_k=8))
     weight = 4096 * 4096 // 2 + 4096 * 32 * 2
     x = y = 16 * 4096 * 2
@@ -206,12 +206,12 @@ def test_traffic() -> None:
     # 33 tokens are three tiles, which read the weight three times.
     moved = predict.traffic(problem._replace(m=33), fmt, Config(16, 256, 4, 4))
     assert moved.l2 == 3 * weight + 33 * 4096 * 2 * (16 + 1)
-    assert predict.weight_bytes(FORMATS["w4a16-asym"], 100, 200) == 128 * 256 // 2 + 128 * 2 * 4
-    assert predict.weight_bytes(FORMATS["w8a8"], 64, 128) == 64 * 128 + 64 * 2
+    assert predict.weight_bytes(DENSE["w4a16-asym"], 100, 200) == 128 * 256 // 2 + 128 * 2 * 4
+    assert predict.weight_bytes(DENSE["w8a8"], 64, 128) == 64 * 128 + 64 * 2
 
 
 def test_predicted_time() -> None:
-    fmt = FORMATS["w4a16-channel"]
+    fmt = DENSE["w4a16-channel"]
     problem, config = Problem("m", "l", 16, 2560, 1280), Config(16, 256, 4, 4, split_k=2)
     floor = (2560 * 1280 // 2 + 2560 * 2) / 0.9e12
     # 20 programs on 10 multiprocessors: two each, of 5 blocks of 128; 10 steps of 100, 50 or 80 clocks at 1 GHz.
@@ -244,8 +244,8 @@ def test_rates_of_the_h200() -> None:
     h200 = MACHINES["H200"]
     assert h200.stream_bytes_per_s == pytest.approx(4.32e12)
     assert h200.slots_per_s == pytest.approx(29.65e12, rel=1e-3)
-    assert predict.macs_per_clock(FORMATS["w4a16"], h200) == pytest.approx(2135, rel=1e-3)
-    assert predict.macs_per_clock(FORMATS["w8a8"], h200) == pytest.approx(4271, rel=1e-3)
+    assert predict.macs_per_clock(DENSE["w4a16"], h200) == pytest.approx(2135, rel=1e-3)
+    assert predict.macs_per_clock(DENSE["w8a8"], h200) == pytest.approx(4271, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +307,7 @@ def held_jobs() -> dict[Job, Problem]:
     The rest, which `python -m bench audit --arch all` compares too, would take minutes.
     """
     named = ["w4a16", "w4a16-asym", "w4a16-g32", "w4a16-g32-asym", "w8a16", "w8a8"]
-    jobs = jobs_of(budgets.held_problems(), list(FORMATS), "sm_90")
+    jobs = jobs_of(budgets.held_problems(), SCHEMES, "sm_90")
     for arch in sorted(set(CAPABILITIES) - {"sm_90"}):
         jobs |= jobs_of([p for p in budgets.held_problems() if p.m == 16], named, arch, ["bf16"])
     return jobs
@@ -320,7 +320,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Audited]:
 
 def test_every_scheme_has_budgets() -> None:
     assert set(budgets.SLOTS) == set(CAPABILITIES)
-    assert not {name for of_arch in budgets.SLOTS.values() for name in set(FORMATS) - set(of_arch)}
+    assert not {name for of_arch in budgets.SLOTS.values() for name in set(SCHEMES) - set(of_arch)}
 
 
 def test_kernels_are_within_their_budgets(shipped) -> None:

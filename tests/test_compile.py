@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.workers import answer, ask
-from qlinear.format import FORMATS, Format
+from qlinear.format import DENSE, Format
 from qlinear.kernels.configs import Config, shipped_configs
 from qlinear.kernels.runtime import Capability
 
@@ -65,19 +65,19 @@ def jobs() -> list[Job]:
     result = []
     for target in FLOAT8_TARGETS:
         for dtype in DTYPES:
-            for fmt in FORMATS.values():
+            for fmt in DENSE.values():
                 if target not in TARGETS and (fmt.number != "e4m3" or dtype != "bf16"):
                     continue
                 configs = shipped_configs(fmt, DTYPES[dtype], target)
                 result += [Job("matmul", target, dtype, fmt, config) for config in configs]
         for i, (name, dtype, options) in enumerate(VARIANTS if target in TARGETS else FLOAT8_VARIANTS):
-            configs = list(shipped_configs(FORMATS[name], DTYPES[dtype], target))
-            result.append(Job("matmul", target, dtype, FORMATS[name], configs[i % len(configs)], options))
+            configs = list(shipped_configs(DENSE[name], DTYPES[dtype], target))
+            result.append(Job("matmul", target, dtype, DENSE[name], configs[i % len(configs)], options))
         for k in (200, 14336):
             result.append(Job("quantize", target, "bf16", options={"in_features": k, "number": "e4m3"}))
         for dtype in DTYPES if target in TARGETS else ():
-            result.append(Job("dequantize", target, dtype, FORMATS["w8a16-fp8"]))
-            result += [Job("dequantize", target, dtype, FORMATS[name]) for name in ("w8a8", "w8a16-g32", "w4a16-asym")]
+            result.append(Job("dequantize", target, dtype, DENSE["w8a16-fp8"]))
+            result += [Job("dequantize", target, dtype, DENSE[name]) for name in ("w8a8", "w8a16-g32", "w4a16-asym")]
             # One warp, a row in one block, a row in several.
             result += [Job("quantize", target, dtype, options={"in_features": k}) for k in (200, 4096, 14336)]
             result.append(Job("quantize", target, dtype, options={"in_features": 4096, "norm": True}))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlinear.format import FORMATS
+from qlinear.format import DENSE
 from qlinear.kernels.configs import M_BUCKETS, choose_config, dense_rows, shipped_configs, token_bytes
 from qlinear.kernels.runtime import MAX_SPLIT_TILES
 
@@ -21,7 +21,7 @@ problems = {
     "m": st.integers(1, 1_000_000),
     "n": st.integers(1, 300_000),
     "k": st.integers(1, 60_000),
-    "fmt": st.sampled_from(list(FORMATS.values())),
+    "fmt": st.sampled_from(list(DENSE.values())),
     "dtype": st.sampled_from(DTYPES),
     "capability": st.sampled_from(CAPABILITIES),
 }
@@ -57,7 +57,7 @@ def test_what_is_chosen_is_what_ships(m, n, k, fmt, dtype, capability):
 def test_the_configuration_depends_on_the_bucket_of_m_alone(bucket):
     below = max((b for b in M_BUCKETS if b < bucket), default=0)
     configs = {
-        choose_config(m, 4096, 4096, FORMATS["w4a16"], torch.float16, (9, 0), 132) for m in range(below + 1, bucket + 1)
+        choose_config(m, 4096, 4096, DENSE["w4a16"], torch.float16, (9, 0), 132) for m in range(below + 1, bucket + 1)
     }
     assert len(configs) == 1
 
@@ -65,19 +65,19 @@ def test_the_configuration_depends_on_the_bucket_of_m_alone(bucket):
 @pytest.mark.parametrize("m", [1, 16])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192)])
 def test_a_few_tokens_fill_an_h100(m, n, k):
-    config = choose_config(m, n, k, FORMATS["w4a16"], torch.bfloat16, (9, 0), 132)
+    config = choose_config(m, n, k, DENSE["w4a16"], torch.bfloat16, (9, 0), 132)
     programs = -(-n // config.block_n) * config.split_k
     # As many as there are multiprocessors, or every tile of 128 rows in parts of 4 blocks.
     assert programs >= min(128, n // 128 * (k // 128 // 4))
 
 
 def test_scales_go_where_the_tile_is_smaller():
-    config = {m: choose_config(m, 4096, 4096, FORMATS["w4a16"], torch.float16, (9, 0), 132) for m in (1, 16, 64, 128)}
-    assert [config[m].scales_weight(FORMATS["w4a16"]) for m in (1, 16, 64, 128)] == [
+    config = {m: choose_config(m, 4096, 4096, DENSE["w4a16"], torch.float16, (9, 0), 132) for m in (1, 16, 64, 128)}
+    assert [config[m].scales_weight(DENSE["w4a16"]) for m in (1, 16, 64, 128)] == [
         False, False, True, True
     ]  # fmt: skip
-    assert [config[m].scales_weight(FORMATS["w4a16-g32"]) for m in (1, 16, 64)] == [False, True, True]
-    assert not config[128].scales_weight(FORMATS["w4a16-channel"])
+    assert [config[m].scales_weight(DENSE["w4a16-g32"]) for m in (1, 16, 64)] == [False, True, True]
+    assert not config[128].scales_weight(DENSE["w4a16-channel"])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_rows_dequantized_at_a_time(m, n, k, rows):
 @pytest.mark.parametrize(
     ("capability", "limit"), [((8, 0), 163), ((8, 6), 99), ((9, 0), 227), ((10, 0), 227), ("gfx942", 64)], ids=str
 )
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize("fmt", DENSE.values(), ids=str)
 def test_buffers_fit_shared_memory(fmt, capability, limit):
     for dtype in DTYPES:
         for config in shipped_configs(fmt, dtype, capability):

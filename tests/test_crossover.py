@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bench.audit import audit
 from bench.cubins import DTYPES, Job
 from bench.problems import Problem
-from qlinear.format import FORMATS
+from qlinear.format import DENSE
 from qlinear.kernels.configs import M_BUCKETS, choose_config, dense_rows
 from qlinear.kernels.crossover import (
     LAUNCH,
@@ -28,8 +28,8 @@ from qlinear.machines import MACHINES
 
 H200 = ((9, 0), 132, 50 << 20)
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), "gfx942"]
-WEIGHT_ONLY = [fmt for fmt in FORMATS.values() if not fmt.quantized_activations]
-ROUNDED = [fmt for fmt in FORMATS.values() if fmt.quantized_activations]
+WEIGHT_ONLY = [fmt for fmt in DENSE.values() if not fmt.quantized_activations]
+ROUNDED = [fmt for fmt in DENSE.values() if fmt.quantized_activations]
 
 
 @settings(deadline=None, max_examples=100)
@@ -53,13 +53,13 @@ def test_rounded_activations_never_leave_the_kernel(fmt):
 
 
 def test_float32_never_leaves_the_kernel():
-    assert fused_tokens(8192, 8192, FORMATS["w4a16"], torch.float32, *H200) is None
+    assert fused_tokens(8192, 8192, DENSE["w4a16"], torch.float32, *H200) is None
 
 
 @pytest.mark.parametrize("name", ["w4a16", "w4a16-channel", "w8a16", "w8a16-g32"])
 @pytest.mark.parametrize(("n", "k"), [(8192, 8192), (4096, 4096), (1024, 4096), (28672, 8192)])
 def test_it_is_where_the_two_predictions_cross(name, n, k):
-    fmt, h200 = FORMATS[name], MACHINES["H200"]
+    fmt, h200 = DENSE[name], MACHINES["H200"]
     most = fused_tokens(n, k, fmt, torch.bfloat16, *H200)
 
     def kernel_wins(m):
@@ -71,14 +71,14 @@ def test_it_is_where_the_two_predictions_cross(name, n, k):
 
 
 def test_layers_too_narrow_to_fill_the_processors_cross_first():
-    fmt = FORMATS["w4a16"]
+    fmt = DENSE["w4a16"]
     most = [fused_tokens(n, 8192, fmt, torch.bfloat16, *H200) for n in (1024, 8192)]
     assert most == [128, 256]
 
 
 def test_a_slow_memory_moves_it_up():
     """An L40S reads and writes the dense weight five times as slowly as an H200."""
-    fmt = FORMATS["w4a16"]
+    fmt = DENSE["w4a16"]
     slow = fused_tokens(8192, 8192, fmt, torch.bfloat16, (8, 9), 142, 96 << 20)
     assert slow > fused_tokens(8192, 8192, fmt, torch.bfloat16, *H200)
 
@@ -86,12 +86,12 @@ def test_a_slow_memory_moves_it_up():
 def test_a_kept_copy_is_taken_earlier():
     for capability, sms, l2 in (H200, ((8, 9), 142, 96 << 20), ((8, 0), 108, 40 << 20)):
         for n, k in ((8192, 8192), (14336, 4096), (28672, 8192)):
-            arguments = (n, k, FORMATS["w8a16"], torch.float16, capability, sms, l2)
+            arguments = (n, k, DENSE["w8a16"], torch.float16, capability, sms, l2)
             assert fused_tokens(*arguments, kept=True) <= fused_tokens(*arguments)
 
 
 def test_a_measurement_wins_but_not_over_a_kept_copy():
-    fmt, measured = FORMATS["w4a16"], {("w4a16", torch.bfloat16, 8192, 8192): 2048}
+    fmt, measured = DENSE["w4a16"], {("w4a16", torch.bfloat16, 8192, 8192): 2048}
     assert fused_tokens(8192, 8192, fmt, torch.bfloat16, *H200, measured=measured) == 2048
     assert fused_tokens(8192, 8192, fmt, torch.float16, *H200, measured=measured) == 256
     assert fused_tokens(8192, 8192, fmt, torch.bfloat16, *H200, kept=True, measured=measured) == 128
@@ -101,7 +101,7 @@ def test_the_seconds_of_a_made_up_machine():
     machine = replace(
         MACHINES["A100"], sms=10, clock_hz=1e9, memory_bytes_per_s=1e12, fp16_flops=20e12, l2_bytes_per_clock=10_000
     )
-    fmt = FORMATS["w8a16"]
+    fmt = DENSE["w8a16"]
     # Two tiles of tokens by 10 of 128 rows: each processor has two, of 10 blocks of 128 along K.
     weights = 2 * 1280 * 128
     issue, tensor = weights * SLOTS[8, 128][0] / 128 / 1e9, 2 * weights * 128 / (2e12 * 0.52)
@@ -127,7 +127,7 @@ def test_the_slots_are_those_of_the_machine_code(tmp_path):
         ("w8a16-g32", 8192, (9, 128)),
         ("w8a16-fp8", 8192, (9, 128)),
     ):
-        config = choose_config(256, n, 8192, FORMATS[scheme], DTYPES["bf16"], (9, 0), 132)
+        config = choose_config(256, n, 8192, DENSE[scheme], DTYPES["bf16"], (9, 0), 132)
         assert (config.block_m, config.block_n) == (128, bound[1])
         jobs[Job(scheme, "bf16", (9, 0), config)] = bound
     found = audit({job: Problem("", "", 256, 8192, 8192) for job in jobs}, tmp_path)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from helpers import DTYPES, coded_weight, dtype_id, random_weight, weight64
 
-from qlinear.format import FORMATS
+from qlinear.format import DENSE
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.dequantize import dequantize, dequantize_tensors
 from qlinear.kernels.matmul import matmul
 
-every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+every_format = pytest.mark.parametrize("fmt", DENSE.values(), ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
 
@@ -21,7 +21,7 @@ def powers_of_two(fmt, k):
 
 
 def test_every_packing_has_a_decoder():
-    assert {fmt.packing for fmt in FORMATS.values()} == set(DECODERS)
+    assert {fmt.packing for fmt in DENSE.values()} == set(DECODERS)
 
 
 @every_dtype
@@ -45,14 +45,14 @@ def test_dequantize_has_the_bits_of_the_reference(fmt, dtype, device):
 
 @pytest.mark.parametrize("scale_dtype", DTYPES, ids=dtype_id)
 def test_dequantize_takes_scales_of_any_dtype(scale_dtype, device):
-    fmt = FORMATS["w4a16-g32"]
+    fmt = DENSE["w4a16-g32"]
     packed = coded_weight(fmt, 64, 128, torch.rand(64, 4).to(scale_dtype), device)
     assert packed.scale.dtype == scale_dtype
     assert torch.equal(dequantize(packed, torch.bfloat16), packed.dequantize(torch.bfloat16))
 
 
 def test_dequantize_refuses_what_does_not_fit(device):
-    packed = random_weight(FORMATS["w4a16"], 70, 200, torch.float16, device)
+    packed = random_weight(DENSE["w4a16"], 70, 200, torch.float16, device)
     with pytest.raises(ValueError, match="layout 'triton', got 'plain'"):
         dequantize(packed.to_layout("plain"), torch.float16)
     with pytest.raises(ValueError, match=r"int16 \(2, 2, 64, 32\)"):

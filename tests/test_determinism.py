@@ -7,14 +7,14 @@ import torch
 from helpers import random_tokens, random_weight
 
 from bench.gpu_checks import bucket_ends, differing_replays, differing_runs, rows_that_change
-from qlinear.format import FORMATS, Format
+from qlinear.format import DENSE, Format
 from qlinear.kernels.configs import M_BUCKETS, choose_config
 from qlinear.kernels.int8 import quantize_activations
 
-every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+every_format = pytest.mark.parametrize("fmt", DENSE.values(), ids=str)
 #: One of every kind, for what takes long: ``python -m bench gpu`` goes through all of them.
 some_formats = pytest.mark.parametrize(
-    "fmt", [FORMATS[name] for name in ("w4a16", "w4a16-g32-asym", "w8a16", "w8a8", "fp8")], ids=str
+    "fmt", [DENSE[name] for name in ("w4a16", "w4a16-g32-asym", "w8a16", "w8a8", "fp8")], ids=str
 )
 
 #: Nine blocks of 128 along K, the last one short: enough for two programs to share them.
@@ -22,7 +22,7 @@ N, K = 40, 1056
 
 
 def test_the_shape_is_split_where_tokens_are_few() -> None:
-    for fmt in FORMATS.values():
+    for fmt in DENSE.values():
         for few, many in ((1, 8), (9, 16)):
             configs = {choose_config(m, N, K, fmt, torch.float16, (9, 0), 132) for m in (few, many)}
             assert len(configs) == 1 and configs.pop().split_k > 1
@@ -30,7 +30,7 @@ def test_the_shape_is_split_where_tokens_are_few() -> None:
 
 def test_a_bucket_has_one_configuration() -> None:
     assert bucket_ends() == [(1, 8), (9, 16), (17, 64), (65, 128)] and M_BUCKETS == (8, 16, 64, 128)
-    for fmt in FORMATS.values():
+    for fmt in DENSE.values():
         for few, many in [*bucket_ends(), (129, 4096)]:
             made = {choose_config(m, 4096, 4096, fmt, torch.bfloat16, (9, 0), 132) for m in (few, few + 1, many)}
             assert len(made) == 1
@@ -63,7 +63,7 @@ def test_a_row_that_does_depend_is_found(monkeypatch: pytest.MonkeyPatch, device
         return x / x.abs().amax()
 
     monkeypatch.setattr(kernels, "matmul", spoiled)
-    packed = random_weight(FORMATS["w4a16"], N, 256, torch.float16, device)
+    packed = random_weight(DENSE["w4a16"], N, 256, torch.float16, device)
     assert rows_that_change(packed, 3, 8, torch.float16) != []
 
 

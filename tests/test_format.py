@@ -42,7 +42,7 @@ def test_a_scheme_says_what_its_format_does(name):
     scheme, fmt = qlinear.Scheme.parse(name), qlinear.FORMATS[name]
     assert fmt.name == name == str(fmt)
     assert (scheme.weight_bits, scheme.activation_bits) == (fmt.bits, fmt.activation_bits)
-    assert (scheme.group_size, scheme.symmetric, scheme.sparsity) == (fmt.group_size, fmt.symmetric, None)
+    assert (scheme.group_size, scheme.symmetric, scheme.sparsity) == (fmt.group_size, fmt.symmetric, fmt.sparsity)
     assert scheme.number == fmt.number
     assert qlinear.Scheme.parse(scheme) is scheme
     assert {scheme: 1}[qlinear.Scheme(*dataclasses.astuple(scheme))] == 1
@@ -86,7 +86,7 @@ UNKNOWN = [
 IMPOSSIBLE = [
     *("w3a16", "w4a8-asym", "w4a4", "w16a16", "w8a4", "w8a16-asym", "w8a8-g128", "w8a8-asym", "w4a16-g48", "w4a16-g0"),
     *("w4a16-fp8", "w4a8-fp8", "w8a16-fp8-g64", "fp8-asym", "fp8-g128", "fp8-2:4"),
-    *("w4a16-g256", "w4a16-2:4", "w8a16-block64", "w8a16-g64-asym"),
+    *("w4a16-g256", "w4a8-2:4", "w8a16-block48", "w4a16-unstructured", "w8a16-g64-asym"),
 ]
 
 
@@ -130,9 +130,10 @@ def test_the_registry_holds_what_is_promised():
 
 @pytest.mark.parametrize("fmt", qlinear.FORMATS.values(), ids=str)
 def test_properties(fmt: Format):
-    offset = 0 if fmt.number == "e4m3" else {4: 8, 8: 128}[fmt.bits]
-    assert (fmt.offset, fmt.max_code, fmt.planes) == (offset, *{4: (15, 4), 8: (255, 2)}[fmt.bits])
-    assert fmt.largest == {("int", 4): 7, ("int", 8): 127, ("e4m3", 8): 448}[fmt.number, fmt.bits]
+    offset = 0 if fmt.number == "e4m3" else {4: 8, 8: 128, 16: 1 << 15}[fmt.bits]
+    assert (fmt.offset, fmt.max_code, fmt.planes) == (offset, *{4: (15, 4), 8: (255, 2), 16: (65535, 1)}[fmt.bits])
+    if fmt.number != "float":
+        assert fmt.largest == {("int", 4): 7, ("int", 8): 127, ("e4m3", 8): 448}[fmt.number, fmt.bits]
     assert fmt.integer_activations == fmt.name.startswith(("w8a8", "w4a8"))
     assert fmt.quantized_activations == (fmt.integer_activations or fmt.name == "fp8")
     twin = fmt.weight_only
@@ -153,8 +154,9 @@ def test_the_last_group_may_be_short(k, groups):
 def test_weight_bytes_are_those_of_the_tensors(fmt, n, k):
     for dtype in (torch.bfloat16, torch.float32):
         packed = random_packed(fmt, n, k, dtype)
-        assert fmt.weight_bytes(n, k, packed.scale.element_size()) == packed.nbytes
-    assert fmt.weight_bytes(n, k) == random_packed(fmt, n, k, torch.float16).nbytes
+        assert fmt.weight_bytes(n, k, packed.scale.element_size(), packed.density) == packed.nbytes
+    packed = random_packed(fmt, n, k, torch.float16)
+    assert fmt.weight_bytes(n, k, density=packed.density) == packed.nbytes
 
 
 def test_weight_bytes_by_hand():
@@ -168,7 +170,7 @@ def test_weight_bytes_by_hand():
 def test_scale_dtype(fmt):
     assert fmt.scale_dtype(torch.float16) == torch.float16
     assert fmt.scale_dtype(torch.bfloat16) == torch.bfloat16
-    per_channel = fmt.group_size is None and fmt.symmetric
+    per_channel = fmt.group_size is None and fmt.symmetric and fmt.number != "float"
     assert fmt.scale_dtype(torch.float32) == (torch.float32 if per_channel else torch.float16)
 
 

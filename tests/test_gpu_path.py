@@ -9,13 +9,13 @@ from models import random_packed, relative_error
 
 import qlinear
 from qlinear import cpu, ops, paths, reference, token_ops
-from qlinear.format import FORMATS, ROUNDED, Format
+from qlinear.format import DENSE, ROUNDED, Format
 from qlinear.kernels import dequantize as kernels_dequantize
 from qlinear.kernels import int8, runtime
 
 #: A layer this small leaves the kernel after 128 tokens.
 MANY = 129
-ALL = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+ALL = pytest.mark.parametrize("fmt", DENSE.values(), ids=str)
 
 
 def _weights(fmt: Format, n: int, k: int, device: torch.device) -> tuple[qlinear.PackedWeight, qlinear.PackedWeight]:
@@ -40,7 +40,7 @@ def test_many_tokens_in_slices_of_the_weight(
     scheme: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What does not fit the cache is dequantized some rows at a time: the same numbers, and never the whole matrix."""
-    fmt, tokens = FORMATS[scheme], MANY
+    fmt, tokens = DENSE[scheme], MANY
     plain, packed = _weights(fmt, 300, 200, device)
     rows: list[int] = []
     real = kernels_dequantize.dequantize_tensors
@@ -74,7 +74,7 @@ def test_fp8_without_float8_products_is_said(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, name in {(8, 0): "Triton matmul, e4m3 held in float16", (8, 9): "Triton fp8 x fp8"}.items():
         monkeypatch.setattr(runtime, "target_of", lambda _, c=capability: runtime.Target(c, 108))
-        found, why = paths._path(FORMATS["fp8"], torch.bfloat16, 1, "cuda", "triton", 128, False, None)
+        found, why = paths._path(DENSE["fp8"], torch.bfloat16, 1, "cuda", "triton", 128, False, None)
         assert found == name and ("slower" in why) == (capability == (8, 0))
 
 
@@ -91,7 +91,7 @@ def test_where_tokens_are_float8(capability: runtime.Capability, dtype: torch.dt
 
 
 def test_the_plain_layout_works_too(device: torch.device) -> None:
-    plain = random_packed(FORMATS["w4a16-asym"], 70, 200)
+    plain = random_packed(DENSE["w4a16-asym"], 70, 200)
     x = torch.randn(3, 200).half()
     y = ops._linear_cuda(x.to(device), to_device(plain, device), None, None)
     assert relative_error(y.cpu(), reference.matmul(x, plain)) <= 1e-3
@@ -117,7 +117,7 @@ def test_a_module_on_a_gpu(fmt: Format) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
 def test_compile_and_cuda_graphs(scheme: str) -> None:
-    layer = qlinear.QLinear.from_float(torch.nn.Linear(512, 256).cuda().half(), scheme)
+    layer = qlinear.QLinear.from_float(torch.nn.Linear(512, 256).cuda().half(), scheme, prune="magnitude")
     x = torch.randn(4, 512, device="cuda").half()
     with torch.no_grad():
         wanted = layer(x)
@@ -132,7 +132,7 @@ def test_compile_and_cuda_graphs(scheme: str) -> None:
     assert torch.equal(captured, wanted)
 
 
-@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt.quantized_activations], ids=str)
+@pytest.mark.parametrize("fmt", [fmt for fmt in DENSE.values() if fmt.quantized_activations], ids=str)
 def test_rounded_tokens_are_multiplied_as_by_the_whole(fmt: Format, device: torch.device) -> None:
     _, packed = _weights(fmt, 70, 200, device)
     x, bias = torch.randn(3, 200).half().to(device), torch.linspace(-1, 1, 70).to(device)

@@ -9,7 +9,7 @@ import torch
 from helpers import DTYPES, dtype_id, error, random_tokens, random_weight, weight64
 
 import qlinear  # noqa: F401 - registers torch.ops.qlinear
-from qlinear.format import FORMATS, ROUNDED
+from qlinear.format import DENSE, ROUNDED
 from qlinear.kernels import int8
 from qlinear.kernels.configs import Config
 from qlinear.kernels.int8 import quantize_activations, quantized_linear_tensors, rms_norm_quantize
@@ -17,10 +17,10 @@ from qlinear.kernels.matmul import matmul
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-W8A8 = FORMATS["w8a8"]
-INTEGER = [fmt for fmt in FORMATS.values() if fmt.integer_activations]
+W8A8 = DENSE["w8a8"]
+INTEGER = [fmt for fmt in DENSE.values() if fmt.integer_activations]
 every_integer_format = pytest.mark.parametrize("fmt", INTEGER, ids=str)
-every_format = pytest.mark.parametrize("fmt", [*INTEGER, FORMATS["fp8"]], ids=str)
+every_format = pytest.mark.parametrize("fmt", [*INTEGER, DENSE["fp8"]], ids=str)
 every_number = pytest.mark.parametrize("number", ROUNDED)
 TILE = Config(block_m=16, block_n=64, num_warps=4, num_stages=2)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

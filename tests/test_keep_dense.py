@@ -24,7 +24,7 @@ MANY = 40
 
 
 def kept_layer(scheme: str = "w4a16", dtype: torch.dtype = torch.bfloat16, **options: object) -> QLinear:
-    return QLinear.from_float(float_layer(dtype=dtype), scheme, **options).keep_dense()
+    return QLinear.from_float(float_layer(dtype=dtype), scheme, prune="magnitude", **options).keep_dense()
 
 
 def tokens(m: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_another_dtype_does_not_use_it() -> None:
 
 @pytest.mark.parametrize("scheme", ROUNDED)
 def test_a_scheme_that_quantizes_activations_refuses(scheme: str) -> None:
-    q = QLinear.from_float(float_layer(), scheme)
+    q = QLinear.from_float(float_layer(), scheme, prune="magnitude")
     with pytest.raises(ValueError, match="quantizes activations"):
         q.keep_dense()
     assert q.weight_dense is None and q.dense_dtype is None
@@ -162,7 +162,7 @@ def test_on_a_gpu_it_is_used_beyond_the_crossover(scheme: str, device: torch.dev
 
     fmt = FORMATS[scheme]
     most = fused_tokens_on(device, N, K, fmt, torch.float16, kept=True)
-    packed = QLinear.from_float(float_layer(dtype=torch.float16), scheme).packed.to_layout("triton")
+    packed = QLinear.from_float(float_layer(dtype=torch.float16), scheme, prune="magnitude").packed.to_layout("triton")
     packed = to_device(packed, device)
     dense = torch.zeros(N, K, dtype=torch.float16, device=device)
 

@@ -12,7 +12,7 @@ from qlinear import cpu_layout
 from qlinear.bits import pack_bits
 from qlinear.layout import layout_of, native_layout
 
-FORMATS = qlinear.FORMATS.values()
+FORMATS = qlinear.format.DENSE.values()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ASYMMETRIC = [f for f in FORMATS if not f.symmetric]
 
@@ -53,7 +53,7 @@ def test_the_layout_of_each_device():
     devices = {"cuda": "triton", "cpu": "cpu", "meta": "plain", "mps": "plain"}
     assert {name: native_layout(torch.device(name)) for name in devices} == devices
     with pytest.raises(ValueError, match="layout 'gpu' does not exist; the layouts are: plain, triton, cpu"):
-        random_packed(qlinear.FORMATS["w8a16"], 4, 4).to_layout("gpu")
+        random_packed(qlinear.format.DENSE["w8a16"], 4, 4).to_layout("gpu")
 
 
 # --- the GPU layout, spelled out
@@ -87,7 +87,7 @@ def test_planar_order(fmt, n, k):
 
 @pytest.mark.parametrize("scheme", ["w8a8", "fp8"])
 def test_rows8_is_natural_order_and_signed(scheme):
-    packed = random_packed(qlinear.FORMATS[scheme], 70, 200)
+    packed = random_packed(qlinear.format.DENSE[scheme], 70, 200)
     values = packed.to_layout("triton").weight
     assert values.dtype == torch.int8 and values.shape == (2, 2, 64, 128)
     natural = values.numpy().transpose(0, 2, 1, 3).reshape(128, 256).astype(np.int64)
@@ -95,7 +95,7 @@ def test_rows8_is_natural_order_and_signed(scheme):
 
 
 def test_nibbles8_are_signed_halves_of_a_block():
-    packed = random_packed(qlinear.FORMATS["w4a8"], 70, 200)
+    packed = random_packed(qlinear.format.DENSE["w4a8"], 70, 200)
     words = packed.to_layout("triton").weight
     assert words.dtype == torch.int8 and words.shape == (2, 2, 64, 64)
     halves = np.concatenate(((words.numpy() << 4) >> 4, words.numpy() >> 4), axis=-1)
@@ -186,7 +186,7 @@ def test_cpu_layout_inverts_at_every_instruction_set(level):
     code = """
     import torch, qlinear
     from models import random_packed, same_bits
-    for fmt in qlinear.FORMATS.values():
+    for fmt in qlinear.format.DENSE.values():
         for n in (1, 15, 17, 40, 64, 70, 144):
             for k in (24, 200):
                 plain = random_packed(fmt, n, k, seed=n)

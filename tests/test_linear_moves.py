@@ -11,6 +11,7 @@ from layers import (
     assert_same_weight,
     float_layer,
     layer,
+    native,
     plain_bits,
 )
 from models import bits, relative_error, same_bits
@@ -96,7 +97,7 @@ def test_requires_grad_is_about_the_bias_only():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_computes_in_its_dtype(scheme, dtype):
     linear = float_layer(dtype=torch.float32)
-    q = QLinear.from_float(linear, scheme)
+    q = QLinear.from_float(linear, scheme, prune="magnitude")
     x = torch.randn(4, K)
     with torch.autocast("cpu", dtype):
         y, expected = q(x), linear(x)
@@ -109,8 +110,8 @@ def test_autocast_computes_in_its_dtype(scheme, dtype):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_compute_dtype_is_inside_only(scheme):
     linear = float_layer(dtype=torch.float32)
-    q = QLinear.from_float(linear, scheme, compute_dtype=torch.bfloat16)
-    assert q.layout == "cpu" and q.weight_scale.dtype == torch.bfloat16
+    q = QLinear.from_float(linear, scheme, compute_dtype=torch.bfloat16, prune="magnitude")
+    assert q.layout == native(scheme) and q.weight_scale.dtype == torch.bfloat16
     assert q.dequantize().dtype == torch.float32
     x = torch.randn(4, K)
     y = q(x)

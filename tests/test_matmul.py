@@ -8,14 +8,14 @@ import pytest
 import torch
 from helpers import DTYPES, coded_weight, dtype_id, error, random_tokens, random_weight, weight64
 
-from qlinear.format import FORMATS
+from qlinear.format import DENSE
 from qlinear.kernels import runtime
 from qlinear.kernels.configs import Config
 from qlinear.kernels.matmul import matmul, matmul_tensors
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-FLOAT_FORMATS = [fmt for fmt in FORMATS.values() if not fmt.quantized_activations]
+FLOAT_FORMATS = [fmt for fmt in DENSE.values() if not fmt.quantized_activations]
 every_format = pytest.mark.parametrize("fmt", FLOAT_FORMATS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
@@ -64,7 +64,7 @@ def test_scale_on_the_sum_or_on_the_weight(fmt, config, device):
 @pytest.mark.parametrize("name", ["w4a16-g32", "w8a16", "w4a16-g64-asym"])
 def test_scales_keep_their_own_dtype(name, dtype, scale_dtype, config, device):
     """The scale is not rounded to the dtype of x on its way."""
-    fmt = FORMATS[name]
+    fmt = DENSE[name]
     if scale_dtype == torch.float32 and not fmt.symmetric:
         pytest.skip("scales that share a word with their zero point are 16 bit wide")
     scale = torch.rand(64, fmt.groups(128), generator=torch.Generator().manual_seed(2)) + 0.5
@@ -74,7 +74,7 @@ def test_scales_keep_their_own_dtype(name, dtype, scale_dtype, config, device):
 
 
 def test_no_tokens(device):
-    packed = random_weight(FORMATS["w4a16"], 70, 200, torch.float16, device)
+    packed = random_weight(DENSE["w4a16"], 70, 200, torch.float16, device)
     assert matmul(torch.empty(0, 200, dtype=torch.float16, device=device), packed).shape == (0, 70)
     assert matmul(torch.empty(2, 0, 200, dtype=torch.float16, device=device), packed).shape == (2, 0, 70)
 
@@ -93,13 +93,13 @@ def test_no_tokens(device):
 )
 def test_strides_of_x(view, device):
     x = view(random_tokens(4, 200, torch.float16, device))
-    check(x, random_weight(FORMATS["w4a16"], 70, 200, torch.float16, device))
+    check(x, random_weight(DENSE["w4a16"], 70, 200, torch.float16, device))
 
 
 @pytest.mark.parametrize("split_k", [2, 5])
 @pytest.mark.parametrize("name", ["w4a16", "w4a16-channel-asym", "w8a16-g32"])
 def test_split_k_is_deterministic_and_leaves_its_counters_at_zero(name, split_k, device):
-    packed = random_weight(FORMATS[name], 70, 576, torch.float16, device)
+    packed = random_weight(DENSE[name], 70, 576, torch.float16, device)
     x = random_tokens(17, 576, torch.float16, device)
     first = check(x, packed, config=replace(SMALL, split_k=split_k))
     assert torch.equal(matmul(x, packed, config=replace(SMALL, split_k=split_k)), first)
@@ -107,7 +107,7 @@ def test_split_k_is_deterministic_and_leaves_its_counters_at_zero(name, split_k,
 
 
 def test_what_is_not_split_touches_no_partial_sums(device):
-    packed = random_weight(FORMATS["w4a16"], 70, 576, torch.float16, device)
+    packed = random_weight(DENSE["w4a16"], 70, 576, torch.float16, device)
     x = random_tokens(17, 576, torch.float16, device)
     whole = check(x, packed, config=SMALL)
     stand_in = runtime.unused(x.device, torch.float32)
@@ -118,7 +118,7 @@ def test_what_is_not_split_touches_no_partial_sums(device):
 
 
 def test_a_row_does_not_depend_on_its_neighbours(device):
-    packed = random_weight(FORMATS["w4a16"], 70, 576, torch.float16, device)
+    packed = random_weight(DENSE["w4a16"], 70, 576, torch.float16, device)
     x = random_tokens(8, 576, torch.float16, device)
     y = matmul(x, packed)
     assert torch.equal(matmul(x[:3], packed), y[:3])
@@ -128,7 +128,7 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT], ids=str)
 def test_what_is_not_finite_stays_in_its_row(config, device):
-    packed = random_weight(FORMATS["w4a16"], 70, 200, torch.float16, device)
+    packed = random_weight(DENSE["w4a16"], 70, 200, torch.float16, device)
     x = random_tokens(5, 200, torch.float16, device)
     clean = matmul(x, packed, config=config)
     x[1, 17], x[3, 199] = float("nan"), float("inf")
@@ -143,7 +143,7 @@ def test_bias_of_any_dtype_and_stride(bias_dtype, device):
     bias = torch.linspace(-3, 3, 140, device=device).to(bias_dtype)[::2]
     check(
         random_tokens(2, 200, torch.float16, device),
-        random_weight(FORMATS["w8a16"], 70, 200, torch.float16, device),
+        random_weight(DENSE["w8a16"], 70, 200, torch.float16, device),
         bias,
     )
 
@@ -162,7 +162,7 @@ def test_bias_of_any_dtype_and_stride(bias_dtype, device):
     ids=["in_features", "dtype", "scalar", "bias-shape", "bias-dtype", "layout", "device"],
 )
 def test_errors_name_what_was_got_and_what_was_wanted(change, message, device):
-    packed = random_weight(FORMATS["w4a16"], 70, 200, torch.float16, device)
+    packed = random_weight(DENSE["w4a16"], 70, 200, torch.float16, device)
     x = change.get("x", torch.zeros(2, 200)).to(device)
     bias = change["bias"].to(device) if "bias" in change else None
     if "layout" in change:
@@ -174,22 +174,22 @@ def test_errors_name_what_was_got_and_what_was_wanted(change, message, device):
 
 
 def test_errors_of_bare_tensors(device):
-    packed = random_weight(FORMATS["w4a16"], 70, 200, torch.float16, device)
+    packed = random_weight(DENSE["w4a16"], 70, 200, torch.float16, device)
     x = torch.zeros(2, 200, device=device)
     with pytest.raises(ValueError, match=r"int16 \(1, 2, 64, 32\), got torch.int16 \(2, 2, 64, 32\)"):
         matmul_tensors(x, packed.weight, packed.scale, packed.format, 64)
     with pytest.raises(ValueError, match=r"floats \(2, 2, 64\), got torch.float16 \(2, 1, 64\)"):
         matmul_tensors(x, packed.weight, packed.scale[:, :1].contiguous(), packed.format, 70)
-    asymmetric = random_weight(FORMATS["w4a16-asym"], 70, 200, torch.float16, device)
+    asymmetric = random_weight(DENSE["w4a16-asym"], 70, 200, torch.float16, device)
     with pytest.raises(ValueError, match=r"its zero point: 16 bits, got torch\.float32"):
         matmul_tensors(x, asymmetric.weight, asymmetric.scale.float(), asymmetric.format, 70)
     with pytest.raises(ValueError, match="quantized_linear_tensors"):
-        matmul_tensors(x, packed.weight, packed.scale, FORMATS["w8a8"], 70)
+        matmul_tensors(x, packed.weight, packed.scale, DENSE["w8a8"], 70)
 
 
 @pytest.mark.gpu
 def test_a_million_tokens(device):
-    packed = random_weight(FORMATS["w4a16"], 64, 128, torch.float16, device)
+    packed = random_weight(DENSE["w4a16"], 64, 128, torch.float16, device)
     x = random_tokens(1000, 128, torch.float16, device).repeat(1000, 1)
     y = matmul(x, packed)
     assert torch.equal(y.view(1000, 1000, 64), matmul(x[:1000], packed).expand(1000, -1, -1))
@@ -197,7 +197,7 @@ def test_a_million_tokens(device):
 
 @pytest.mark.gpu
 def test_cuda_graph_replays_the_same_bits(device):
-    packed = random_weight(FORMATS["w4a16"], 256, 4096, torch.float16, device)
+    packed = random_weight(DENSE["w4a16"], 256, 4096, torch.float16, device)
     x = random_tokens(1, 4096, torch.float16, device)
     expected = matmul(x, packed)
     graph = torch.cuda.CUDAGraph()
@@ -211,7 +211,7 @@ def test_cuda_graph_replays_the_same_bits(device):
 
 @pytest.mark.gpu
 def test_streams_do_not_share_counters(device):
-    packed = random_weight(FORMATS["w4a16"], 256, 8192, torch.float16, device)
+    packed = random_weight(DENSE["w4a16"], 256, 8192, torch.float16, device)
     x = random_tokens(1, 8192, torch.float16, device)
     expected = matmul(x, packed)
     streams = [torch.cuda.Stream(device) for _ in range(4)]

@@ -19,7 +19,7 @@ def arguments(fmt, m=3, layout="cpu", dtype=torch.bfloat16, bias=True, grad=Fals
     packed = random_packed(fmt, N, K).to_layout(layout)
     x = torch.randn(m, K).to(dtype).requires_grad_(grad)
     b = torch.randn(N).to(dtype).requires_grad_(grad) if bias else None
-    return (x, packed.weight, packed.scale, packed.zero_point, b, fmt.name, K, N), packed
+    return (x, packed.weight, packed.scale, packed.zero_point, b, fmt.name, K, N, None, packed.index), packed
 
 
 # Checking the schema, the shapes, autograd's registration and what torch.compile needs; dynamic shapes included.
@@ -38,7 +38,7 @@ def test_opcheck_linear(fmt, grad, bias, layout):
 @pytest.mark.parametrize("scheme", FEW)
 def test_opcheck_dequantize(scheme, layout, dtype):
     packed = random_packed(qlinear.FORMATS[scheme], N, K).to_layout(layout)
-    args = (packed.weight, packed.scale, packed.zero_point, scheme, K, N, dtype)
+    args = (packed.weight, packed.scale, packed.zero_point, scheme, K, N, dtype, packed.index)
     torch.library.opcheck(torch.ops.qlinear.dequantize.default, args)
 
 
@@ -61,7 +61,7 @@ def test_fake_shapes_are_the_real_ones(shape):
         packed = random_packed(fmt, N, K)
         for dtype in (torch.bfloat16, torch.float32):
             x = torch.randn(shape).to(dtype)
-            args = (packed.weight, packed.scale, packed.zero_point, None, fmt.name, K, N)
+            args = (packed.weight, packed.scale, packed.zero_point, None, fmt.name, K, N, None, packed.index)
             real = torch.ops.qlinear.linear(x, *args)
             fake = torch.ops.qlinear.linear(x.to("meta"), *(a.to("meta") if torch.is_tensor(a) else a for a in args))
             assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
@@ -76,7 +76,7 @@ def fresh_compiler():
 def small_model(scheme):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(K, N), nn.GELU(), nn.Linear(N, 9, bias=False)).bfloat16()
-    return qlinear.convert(model, scheme)
+    return qlinear.convert(model, scheme, prune="magnitude")
 
 
 @pytest.mark.parametrize("scheme", FEW)
@@ -189,7 +189,9 @@ class Adapted(nn.Module):
 @pytest.mark.parametrize("scheme", sorted(qlinear.FORMATS))
 def test_an_adapter_trains_on_top_and_only_it_changes(scheme):
     torch.manual_seed(0)
-    first, second = (Adapted(qlinear.QLinear.from_float(nn.Linear(k, n), scheme)) for k, n in ((K, N), (K, N)))
+    first, second = (
+        Adapted(qlinear.QLinear.from_float(nn.Linear(k, n), scheme, prune="magnitude")) for k, n in ((K, N), (K, N))
+    )
     lift = nn.Linear(N, K)
     model = nn.Sequential(first, lift, second)
     for name, parameter in model.named_parameters():
@@ -237,7 +239,7 @@ def test_a_wrong_shape_is_found_while_compiling():
 def test_dequantize_op(fmt, layout):
     packed = random_packed(fmt, N, K).to_layout(layout)
     tensors = (packed.weight, packed.scale, packed.zero_point)
-    dense = torch.ops.qlinear.dequantize(*tensors, fmt.name, K, N, torch.float32)
+    dense = torch.ops.qlinear.dequantize(*tensors, fmt.name, K, N, torch.float32, packed.index)
     assert dense.is_contiguous() and torch.equal(dense, packed.dequantize(torch.float32))
 
 

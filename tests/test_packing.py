@@ -67,7 +67,7 @@ def test_int8_as_compressed_tensors_stores_it():
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (9, 200), (70, 129)])
-@pytest.mark.parametrize("fmt", qlinear.FORMATS.values(), ids=str)
+@pytest.mark.parametrize("fmt", qlinear.format.DENSE.values(), ids=str)
 def test_plain_tensors_as_compressed_tensors_documents_them(fmt, n, k):
     packed = random_packed(fmt, n, k)
     codes, scale, zero = packed.codes()
@@ -124,7 +124,7 @@ def test_e4m3_to_float_is_exact(dtype):
     np.testing.assert_array_equal(made[finite].double().numpy(), e4m3(codes[finite]))
 
 
-@pytest.mark.parametrize("fmt", qlinear.FORMATS.values(), ids=str)
+@pytest.mark.parametrize("fmt", qlinear.format.DENSE.values(), ids=str)
 def test_dequantize_against_numpy(fmt):
     n, k = 9, 201
     packed = random_packed(fmt, n, k, torch.float16)
@@ -137,7 +137,7 @@ def test_dequantize_against_numpy(fmt):
     assert packed.dequantize().dtype == torch.float16
 
 
-@pytest.mark.parametrize("scheme", sorted(qlinear.FORMATS))
+@pytest.mark.parametrize("scheme", sorted(qlinear.format.DENSE))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_pack_stays_within_half_a_step_of_the_weight(scheme, dtype):
     """No element is further from its weight than the clipping search may move it: the error is that of rounding."""

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlinear.format import FORMATS, Format
+from qlinear.format import DENSE, Format
 from qlinear.quantize import Codes, _round, quantize
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-EVERY = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+EVERY = pytest.mark.parametrize("fmt", DENSE.values(), ids=str)
 
 
 def per_column(values: Tensor, fmt: Format, k: int) -> Tensor:
@@ -81,7 +81,7 @@ def test_never_worse_than_absmax(fmt: Format, dtype: torch.dtype, k: int) -> Non
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(sorted(FORMATS)),
+    name=st.sampled_from(sorted(DENSE)),
     dtype=st.sampled_from(DTYPES),
     n=st.integers(1, 9),
     k=st.integers(1, 200),
@@ -94,7 +94,7 @@ def test_never_worse_on_anything(
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     weight = (torch.randn(n, k, generator=g) + shift) * 10.0**exponent
-    assert_never_worse(weight.to(dtype), FORMATS[name])
+    assert_never_worse(weight.to(dtype), DENSE[name])
 
 
 @EVERY
@@ -135,12 +135,12 @@ def test_e4m3_is_rounded_as_torch_rounds() -> None:
     beside = torch.cat((middle, torch.nextafter(middle, middle * 2), torch.nextafter(middle, middle * 0)))
     row = torch.cat((grid, beside, torch.linspace(0, 448, 9001), torch.linspace(0, 0.1, 9001)))
     row, limit = torch.cat((row, -row, torch.tensor([449.0, -1e9])))[None], torch.tensor(448.0)
-    made = _round(row, torch.ones(1, 1), -limit, limit, torch.empty_like(row), FORMATS["fp8"])
+    made = _round(row, torch.ones(1, 1), -limit, limit, torch.empty_like(row), DENSE["fp8"])
     assert torch.equal(made, row.clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
 def test_the_search_takes_a_tenth_off_e4m3() -> None:
-    weight, fmt = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1)), FORMATS["w8a16-fp8"]
+    weight, fmt = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1)), DENSE["w8a16-fp8"]
     ours = group_errors(weight, dequantized(quantize(weight, fmt), fmt), fmt).sum()
     absmax = group_errors(weight, dequantized(quantize(weight, fmt, search=False), fmt), fmt).sum()
     assert ours < 0.95 * absmax
@@ -200,7 +200,7 @@ def test_a_range_the_scales_cannot_hold_is_refused(fmt: Format, factor: float) -
 
 def test_small_float16_rows_keep_their_precision() -> None:
     """Scales below float16's normal range are subnormals, not clamped up."""
-    fmt = FORMATS["w4a16-g32"]
+    fmt = DENSE["w4a16-g32"]
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(3)).half() * 1e-4
     error = (dequantized(quantize(weight, fmt), fmt) - weight.double()).norm() / weight.double().norm()
     assert error < 0.15
@@ -209,7 +209,7 @@ def test_small_float16_rows_keep_their_precision() -> None:
 def test_a_tiny_group_beside_a_large_one_rounds_to_zero_at_worst() -> None:
     weight = torch.ones(1, 64)
     weight[0, 32:] = 1e-12
-    approximation = dequantized(quantize(weight, FORMATS["w4a16-g32"]), FORMATS["w4a16-g32"])
+    approximation = dequantized(quantize(weight, DENSE["w4a16-g32"]), DENSE["w4a16-g32"])
     assert (approximation[0, 32:].abs() < 1e-6).all()
 
 
@@ -225,7 +225,7 @@ def test_same_bits_every_time_and_row_by_row(fmt: Format) -> None:
 
 
 def test_strided_weights_and_weights_with_gradients() -> None:
-    fmt = FORMATS["w4a16-g32-asym"]
+    fmt = DENSE["w4a16-g32-asym"]
     weight = heavy_tailed(64, 96)
     expected = quantize(weight, fmt)
     made = quantize(torch.nn.Parameter(weight.t().contiguous()).t(), fmt)
@@ -249,7 +249,7 @@ def test_strided_weights_and_weights_with_gradients() -> None:
 )
 def test_what_is_no_weight_is_refused(weight: Tensor) -> None:
     with pytest.raises(ValueError, match="weight"):
-        quantize(weight, FORMATS["w4a16"])
+        quantize(weight, DENSE["w4a16"])
 
 
 @pytest.mark.gpu
@@ -265,7 +265,7 @@ def test_a_gpu_weight_stays_on_its_device(fmt: Format) -> None:
 @pytest.mark.parametrize("name", ["w4a16-g64", "w4a16-g64-asym"])
 def test_outliers_of_a_row_are_not_clipped(name: str) -> None:
     """A few huge weights carry a language model; the search may clip others, not them."""
-    fmt = FORMATS[name]
+    fmt = DENSE[name]
     weight = torch.randn(32, 640, generator=torch.Generator().manual_seed(5))
     weight[:, 100] = 12.0
     error = (dequantized(quantize(weight, fmt), fmt) - weight.double()).abs()
@@ -278,7 +278,7 @@ def test_outliers_of_a_row_are_not_clipped(name: str) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no-grad", "inference"])
 def test_threads_give_the_same_bits_in_every_mode(mode, monkeypatch):
     """Tiles are rounded by a pool of threads, which do not inherit the caller's mode."""
-    weight, fmt = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0)), FORMATS["w4a16-g32-asym"]
+    weight, fmt = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0)), DENSE["w4a16-g32-asym"]
     alone = quantize(weight, fmt)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with mode():

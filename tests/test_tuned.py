@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlinear import doctor, paths
-from qlinear.format import FORMATS
+from qlinear.format import DENSE
 from qlinear.kernels import tuned
 from qlinear.kernels.configs import MANY, Config, bucket_of, choose_config, refusal
 from qlinear.kernels.runtime import Target
@@ -82,7 +82,7 @@ def test_the_hash_is_of_kernels_and_configurations(monkeypatch: pytest.MonkeyPat
 
 
 def test_choices_follow_the_table(h200: torch.device) -> None:
-    fmt = FORMATS["w4a16"]
+    fmt = DENSE["w4a16"]
     computed = choose_config(1, 4096, 4096, fmt, BF16, (9, 0), 132)
     assert tuned.config_on(h200, TARGET, 1, 4096, 4096, fmt, BF16) == computed
     table().write(tuned.folder() / key().file_name)
@@ -115,7 +115,7 @@ def test_the_launcher_asks_for_the_tuned_configuration(h200: torch.device, monke
     )
     cpu = torch.device("cpu")
     matmul.matmul(
-        random_tokens(3, 512, torch.float16, cpu), random_weight(FORMATS["w4a16"], 128, 512, torch.float16, cpu)
+        random_tokens(3, 512, torch.float16, cpu), random_weight(DENSE["w4a16"], 128, 512, torch.float16, cpu)
     )
     assert grids == [(2 * 4,)]
 
@@ -166,7 +166,7 @@ def test_a_wrong_file_is_ignored_with_one_warning(name: str, h200: torch.device)
         assert tuned.measured(h200) is tuned.NOTHING
     assert len(caught) == 1 and str(path) in str(caught[0].message) and "\n" not in str(caught[0].message)
     # And once only; what is written anew takes its place.
-    fmt = FORMATS["w4a16"]
+    fmt = DENSE["w4a16"]
     assert tuned.config_on(h200, TARGET, 1, 4096, 4096, fmt, BF16) == choose_config(
         1, 4096, 4096, fmt, BF16, (9, 0), 132
     )
@@ -201,7 +201,7 @@ def test_doctor_names_the_table(h200: torch.device, monkeypatch: pytest.MonkeyPa
     m=st.integers(1, 5000),
     n=st.integers(1, 200_000),
     k=st.integers(1, 60_000),
-    fmt=st.sampled_from(list(FORMATS.values())),
+    fmt=st.sampled_from(list(DENSE.values())),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     capability=st.sampled_from([(8, 0), (8, 9), (9, 0), (10, 0), "gfx942"]),
 )

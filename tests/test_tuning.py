@@ -13,7 +13,7 @@ from test_cli import Captured, run
 
 import qlinear
 from qlinear import tuning
-from qlinear.format import FORMATS
+from qlinear.format import DENSE
 from qlinear.kernels import tuned
 from qlinear.kernels.configs import MANY, Config, refusal
 from qlinear.kernels.gauge import DeviceGauge
@@ -142,7 +142,7 @@ def test_the_crossover_is_searched_from_few_tokens_to_many(tmp_path: Path) -> No
     assert tuned.read(tmp_path / KEY.file_name).crossovers == {("w4a16", BF16, 4096, 4096): 4096}
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize("fmt", DENSE.values(), ids=str)
 @pytest.mark.parametrize("bucket", [8, 64, MANY])
 def test_neighbours_can_be_used_and_differ(fmt, bucket: int) -> None:
     for target in (TARGET, Target((8, 9), 128), Target("gfx942", 304)):

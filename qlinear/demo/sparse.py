@@ -78,7 +78,10 @@ def run_sparse_demo(
     from qlinear.demo.sparse_plot import plot, require_matplotlib
 
     require_matplotlib()
-    load = {"encoder": encoder, "language model": language_model}
+    load: dict[str, Callable[[bool, Callable[[str], None]], Subject]] = {
+        "encoder": encoder,
+        "language model": language_model,
+    }
     data: dict[str, Any] = {"versions": versions(), "models": []}
     for kind in models:
         subject = load[kind](no_download, say)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,16 +35,13 @@ def stored_share(fmt: Format, weight: Tensor) -> float:
 
 
 def _pattern(fmt: Format) -> Pattern | None:
-    name = getattr(fmt, "sparsity", None)
-    return None if name is None else Pattern.parse(name)
+    return None if fmt.sparsity is None else Pattern.parse(fmt.sparsity)
 
 
 def _bytes(fmt: Format, weight: Tensor) -> int:
     n, k = weight.shape
     scale_bytes = fmt.scale_dtype(weight.dtype).itemsize
-    if "density" in inspect.signature(fmt.weight_bytes).parameters:
-        return fmt.weight_bytes(n, k, scale_bytes, density=stored_share(fmt, weight))  # type: ignore[call-arg]
-    return fmt.weight_bytes(n, k, scale_bytes)
+    return fmt.weight_bytes(n, k, scale_bytes, density=stored_share(fmt, weight))
 
 
 @dataclass(frozen=True)
