@@ -142,7 +142,7 @@ def test_masks_of_torch_prune_are_taken_over_converted_and_folded() -> None:
     assert torch.equal(folded.model.layers[0].mlp.up_proj.weight, want)
     assert folded.state_dict().keys() == tiny_llama().state_dict().keys()
     converted = qlinear.convert(model, "w8a16").model.layers[0].mlp.up_proj
-    assert not converted._forward_pre_hooks and torch.equal(converted.weight == 0, want == 0)
+    assert not converted._forward_pre_hooks and bool((converted.weight[want == 0] == 0).all())
     assert float((logits(model) - before).norm() / before.norm()) < 0.02
 
 
