@@ -25,7 +25,7 @@ from bench.workers import WORKERS
 from qlinear.format import BLOCK_K, FORMATS, Format
 from qlinear.kernels.blocks import choose_block_config
 from qlinear.kernels.configs import Config, choose_config, token_bytes
-from qlinear.kernels.machines import MACHINES, arch_name
+from qlinear.machines import MACHINES, arch_name
 
 #: Those whose kernels are counted.
 SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity is None or fmt.block)

@@ -23,7 +23,7 @@ from bench.predict import (
 )
 from bench.problems import Problem, problems
 from qlinear.kernels.crossover import dequantize_seconds, vendor_seconds
-from qlinear.kernels.machines import MACHINES, Machine
+from qlinear.machines import MACHINES, Machine
 from qlinear.tables import table
 
 

@@ -15,7 +15,7 @@ from bench.predict import traffic
 from bench.problems import Problem, problems
 from qlinear.format import FORMATS
 from qlinear.kernels.configs import token_bytes
-from qlinear.kernels.machines import MACHINES, Machine
+from qlinear.machines import MACHINES, Machine
 
 
 class Slots(NamedTuple):

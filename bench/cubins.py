@@ -22,7 +22,7 @@ from bench.sass import Instruction, parse
 from bench.workers import answer, ask
 from qlinear.format import FORMATS, Format
 from qlinear.kernels.configs import Config
-from qlinear.kernels.machines import arch_name
+from qlinear.machines import arch_name
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -23,7 +23,7 @@ from bench.timing import in_turns, rotating
 from qlinear import reference
 from qlinear.format import Scheme
 from qlinear.kernels.graphs import replayed
-from qlinear.kernels.machines import MACHINES, Machine
+from qlinear.machines import MACHINES, Machine
 from qlinear.packing import PackedWeight, pack
 from qlinear.paths import path as path_of
 

@@ -16,7 +16,7 @@ from bench.sass import Loop
 from qlinear.format import BLOCK_K, TILE_N, Format
 from qlinear.kernels.configs import Config, multiplies_bytes, token_bytes
 from qlinear.kernels.crossover import fused_tokens
-from qlinear.kernels.machines import Machine
+from qlinear.machines import Machine
 
 #: Shared memory the driver takes of every block, and the columns of tensor memory of a multiprocessor (CUDA
 #: Programming Guide, compute capabilities).

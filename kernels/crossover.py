@@ -15,8 +15,8 @@ import torch
 
 from qlinear.format import BLOCK_K, Format
 from qlinear.kernels.configs import M_BUCKETS, choose_config, dense_rows
-from qlinear.kernels.machines import MACHINES, Machine
 from qlinear.kernels.runtime import Capability
+from qlinear.machines import MACHINES, Machine
 
 #: Share of the data sheet's tensor rate that a large product of the vendor's library reaches: bfloat16 8192^3 ran at
 #: 769 to 798 of 989 TFLOP/s on an H200.

@@ -1,4 +1,4 @@
-"""What can be quantized: ``nn.Linear`` and Hugging Face's ``Conv1D``, their shapes and tensors."""
+"""Linear layers in float: ``nn.Linear`` and Hugging Face's ``Conv1D``, with or without ``torch.nn.utils.prune``."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def on_grid(weight: Tensor, fmt: Format, dtype: torch.dtype) -> tuple[Tensor, Te
     group off the grid, and the weight is a float weight like any other. That is found out from one group, as a rule.
     """
     # 8-bit floats and unscaled floats are no grid.
-    if weight.dtype == torch.float64 or getattr(fmt, "number", "int") != "int":
+    if weight.dtype == torch.float64 or fmt.number != "int":
         return None
     n, k = weight.shape
     size, groups = fmt.group_size or k, fmt.groups(k)

@@ -218,7 +218,7 @@ def prune_weight(weight: Tensor, fmt: Format, method: str, sparsity: float = 0.5
         ValueError: unknown method.
     """
     if method != "magnitude":
-        raise ValueError(f"prune={method!r} is not a method; the methods are: magnitude")
+        raise ValueError(f"prune={method!r} is not a method; the methods are: magnitude (qlinear.prune has others)")
     size = weight.detach().abs().float()
     if fmt.sparsity == "2:4":
         fours = F.pad(size, (0, -size.shape[1] % 4)).unflatten(1, (-1, 4))

@@ -96,6 +96,7 @@ def _with_schema(compute: _Rounded) -> Callable[..., Tensor]:
         values: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scheme: str, k: int,
         n: int, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
+        _check_values(values, scheme)
         return compute(values, token_scale, PackedWeight(weight, scale, None, FORMATS[scheme], n, k), bias, dtype)
 
     return implementation
@@ -127,6 +128,13 @@ def _rounded_fake(
     values: Tensor, token_scale: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     return values.new_empty(values.shape[0], packed.out_features, dtype=dtype)
+
+
+def _check_values(values: Tensor, scheme: str) -> None:
+    number = FORMATS[scheme].number
+    if values.dtype != ROUNDED[number].dtype:
+        wanted = f"{ROUNDED[number].dtype}: quantize_activations(x, {number!r})"
+        raise ValueError(f"{scheme} multiplies tokens in {wanted}, got {values.dtype}")
 
 
 _library.impl("quantize_activations", _quantize_any, "CompositeExplicitAutograd")

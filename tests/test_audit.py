@@ -19,7 +19,7 @@ from qlinear.format import DENSE
 from qlinear.kernels.compile import cuobjdump
 from qlinear.kernels.configs import Config
 from qlinear.kernels.crossover import dequantize_seconds, vendor_seconds
-from qlinear.kernels.machines import MACHINES, Machine
+from qlinear.machines import MACHINES, Machine
 
 # A pipelined loop inside another: 4 warps, 128 rows of int4 by 16 tokens of 16 bits, 2 buffers.
 LISTING = """

@@ -21,7 +21,7 @@ from bench import matmul, peers, plots, sides, timing
 from bench.sides import Side, Unavailable
 from qlinear.format import FORMATS
 from qlinear.kernels import graphs
-from qlinear.kernels.machines import MACHINES
+from qlinear.machines import MACHINES
 
 LAYER = ("none", "square", 64, 96)
 CPU = torch.device("cpu")

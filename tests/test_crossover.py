@@ -24,7 +24,7 @@ from qlinear.kernels.crossover import (
     machine_for,
     vendor_seconds,
 )
-from qlinear.kernels.machines import MACHINES
+from qlinear.machines import MACHINES
 
 H200 = ((9, 0), 132, 50 << 20)
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), "gfx942"]

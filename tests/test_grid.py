@@ -12,7 +12,7 @@ from qlinear.grid import on_grid
 from qlinear.packing import dequantize_codes
 from qlinear.quantize import Codes, quantize
 
-INTEGER = [f for f in FORMATS.values() if getattr(f, "number", "int") == "int"]
+INTEGER = [f for f in FORMATS.values() if f.number == "int"]
 
 
 @pytest.mark.parametrize("fmt", INTEGER, ids=str)

@@ -1,5 +1,7 @@
 """torch.ops.qlinear.*: opcheck, compile, export, gradients, errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import needs_cpp_compiler, random_packed, relative_error, same_bits
@@ -213,19 +215,24 @@ def test_an_adapter_trains_on_top_and_only_it_changes(scheme):
 
 @pytest.mark.parametrize("call", ["op", "function"])
 def test_errors_name_what_was_got_and_wanted(call):
-    linear = torch.ops.qlinear.linear if call == "op" else ops.linear
-    args, _ = arguments(qlinear.FORMATS["w8a16"])
+    args, packed = arguments(qlinear.FORMATS["w8a16"])
+    x = args[0]
+
+    def linear(x, packed=packed):
+        if call == "function":
+            return ops.linear(x, packed)
+        return torch.ops.qlinear.linear(x, packed.weight, packed.scale, None, None, packed.format.name, K, N)
+
     with pytest.raises(ValueError, match=r"last dimension of the input is 71, the layer's in_features is 72"):
-        linear(args[0][:, :71], *args[1:])
+        linear(x[:, :71])
     with pytest.raises(ValueError, match=r"the input is torch.int64; .*float16, bfloat16 or float32"):
-        linear(args[0].long(), *args[1:])
+        linear(x.long())
     with pytest.raises(ValueError, match=r"the input is torch.float64"):
-        linear(args[0].double(), *args[1:])
+        linear(x.double())
     with pytest.raises(ValueError, match=r"the input is on meta, the weight on cpu"):
-        linear(args[0].to("meta"), *args[1:])
-    meta = [a.to("meta") if torch.is_tensor(a) else a for a in args[1:]]
+        linear(x.to("meta"))
     with pytest.raises(ValueError, match=r"the input is on cpu, the weight on meta"):
-        linear(args[0], *meta)
+        linear(x, replace(packed, weight=packed.weight.to("meta"), scale=packed.scale.to("meta")))
 
 
 def test_a_wrong_shape_is_found_while_compiling():

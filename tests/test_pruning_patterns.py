@@ -142,7 +142,7 @@ def test_masks_of_torch_prune_are_taken_over_converted_and_folded() -> None:
     assert torch.equal(folded.model.layers[0].mlp.up_proj.weight, want)
     assert folded.state_dict().keys() == tiny_llama().state_dict().keys()
     converted = qlinear.convert(model, "w8a16").model.layers[0].mlp.up_proj
-    assert not converted._forward_pre_hooks and torch.equal(converted.weight == 0, want == 0)
+    assert not converted._forward_pre_hooks and bool((converted.weight[want == 0] == 0).all())
     assert float((logits(model) - before).norm() / before.norm()) < 0.02
 
 
@@ -219,6 +219,7 @@ def test_a_failure_leaves_the_model_as_it_was(method: str, monkeypatch: pytest.M
         ({"scheme": "w4a16"}, "sweep"),
         ({"method": "sparsegpt", "calibration": [1], "damping": 0}, "damping"),
         ({"method": "sparsegpt", "calibration": [1], "scheme": "w3a16"}, "schemes are"),
+        ({"method": "sparsegpt", "calibration": [1], "scheme": "fp8"}, "does not store integers"),
         ({"pattern": "neurons", "sparsity": 0.001}, "can be removed"),
         ({"pattern": "neurons", "sparsity": {"*.0.*": 0.25, "*": None}}, "one number of neurons"),
         ({"pattern": "heads", "sparsity": 0.5, "scope": "global"}, "one number of heads"),

@@ -11,8 +11,8 @@ PACKAGE, KERNELS = ROOT / "qlinear", ROOT / "kernels"
 
 #: Floors from the ground up. A module imports only from floors below its own (kernels among themselves: see below).
 FLOORS = [
-    ["format"],
-    ["bits", "grid", "float_layers"],
+    ["float_layers", "format"],
+    ["bits", "grid"],
     ["quantize"],
     ["sparse", "cpu_layout"],
     ["layout"],
@@ -34,7 +34,7 @@ FLOORS = [
     ["__main__"],
 ]
 #: May be imported by any floor, imports none of ours.
-SHARED = {"cache", "tables"}
+SHARED = {"cache", "machines", "tables"}
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 SOURCES = sorted(

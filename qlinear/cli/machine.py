@@ -10,17 +10,30 @@ import click
 import torch
 
 import qlinear
-from qlinear.cli.options import DTYPES, JSON, load, maybe_json
+from qlinear.cli.options import DTYPES, FILE, JSON, load, maybe_json
 from qlinear.tuning import check_device
 
 
 @click.command()
 @click.option("--model", metavar="PATH_OR_HUB_ID", help="Another model than the built-in SmolLM2-135M-Instruct.")
-@click.option("--no-download", is_flag=True, help="Never fetch the built-in model (93 MB, once).")
+@click.option("--no-download", is_flag=True, help="Never fetch the built-in models and texts (93 MB, once).")
 @click.option("--seed", default=0, show_default=True, help="Of the off-grid twin that quality is measured on.")
+@click.option("--sparse", is_flag=True, help="Pruning instead: methods, patterns, int8 and int4 (112 MB more, once).")
+@click.option("--picture", type=FILE, default="qlinear-sparse.png", show_default=True, help="What --sparse draws.")
 @JSON
-def demo(model: str | None, no_download: bool, seed: int, json_path: Path | None) -> None:
-    """Takes a real language model through the schemes: size, quality, speed, and text written with each."""
+def demo(model: str | None, no_download: bool, seed: int, sparse: bool, picture: Path, json_path: Path | None) -> None:
+    """Takes a real language model through the schemes: size, quality, speed, and text written with each.
+
+    With --sparse a language model and a sentence encoder are pruned instead, by every method and pattern, with and
+    without int8 and int4: quality and size in tables and a picture.
+    """
+    if sparse:
+        from qlinear.demo.sparse import run_sparse_demo
+
+        if model is not None:
+            raise ValueError("--sparse shows its own two models; prune another with `qlinear prune`")
+        run_sparse_demo(json_path, picture, no_download)
+        return
     from qlinear.demo.run import run_demo
 
     run_demo(model=model, json_path=json_path, no_download=no_download, seed=seed)

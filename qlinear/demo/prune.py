@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 import qlinear
 from qlinear.checkpoint import save_float
 from qlinear.demo.corpus import wikipedia
 from qlinear.demo.source import load_model
+from qlinear.demo.subjects import next_token_loss
 from qlinear.demo.text import calibration_windows
 from qlinear.pruning import SparsityReport, report
 from qlinear.tables import by_pattern
@@ -60,7 +57,7 @@ def prune_folder(
         words = text.read_text() if text else "\n\n".join(wikipedia(no_download))
         windows = calibration_windows(tokenizer, words, samples, length)
         batches = [{"input_ids": ids.to(device)} for ids in windows]
-    loss = _next_token if method == "gradient" else None
+    loss = next_token_loss if method == "gradient" else None
     qlinear.prune(model, method, sparsity, pattern, batches, scope, loss=loss, scheme=scheme)
     with tempfile.TemporaryDirectory() as companions:
         if tokenizer is not None:
@@ -76,9 +73,3 @@ def _sparsity(shares: tuple[str, ...]) -> float | dict[str, float | None] | None
     except ValueError as error:
         raise ValueError(f"a share is a number or PATTERN=NUMBER, for example 0.5; got {', '.join(shares)}") from error
     return rules["*"] if len(shares) == 1 and "=" not in shares[0] else rules or None
-
-
-def _next_token(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The loss of a causal language model."""
-    logits = model(**batch, use_cache=False).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten())

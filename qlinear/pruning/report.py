@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qlinear.conversion import candidates
 from qlinear.float_layers import float_tensor, is_conv1d
 from qlinear.format import FORMATS, Format
-from qlinear.kernels.machines import MACHINES, STREAMED
+from qlinear.machines import MACHINES, STREAMED
 from qlinear.pruning.patterns import Pattern
 from qlinear.pruning.select import block_sums
 from qlinear.tables import human_bytes, table
@@ -138,7 +138,7 @@ def report(model: nn.Module, machine: str = "H200", formats: Mapping[str, Format
     Args:
         model: a float model; layers that are converted already are not listed.
         machine: the GPU whose memory bandwidth turns bytes into a time: one of
-            :data:`qlinear.kernels.machines.MACHINES`.
+            :data:`qlinear.machines.MACHINES`.
         formats: the formats to predict; all that exist.
 
     Raises:

@@ -28,7 +28,7 @@ class Rounding:
 
     def __init__(self, scheme: str | Scheme, dtype: torch.dtype) -> None:
         self.format: Format = Scheme.parse(scheme).format
-        if getattr(self.format, "number", "int") != "int":
+        if self.format.number != "int":
             raise ValueError(f"{scheme} does not store integers: a sweep cannot round to it")
         self._dtype = dtype
         self._scale = self._zero = torch.empty(0)

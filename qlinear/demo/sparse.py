@@ -1,0 +1,213 @@
+"""``qlinear demo --sparse``: two real models, pruned in every way: quality, size and time, in tables and a picture."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import qlinear
+from qlinear.demo.subjects import Subject, encoder, language_model
+from qlinear.doctor import versions
+from qlinear.format import FORMATS
+from qlinear.pruning import METHODS
+from qlinear.tables import human_bytes, table, write_json
+
+_SHARES = (0.3, 0.5, 0.7)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pattern at one sparsity, and the schemes that the pruned model is converted to; None is float."""
+
+    pattern: str
+    sparsity: float
+    schemes: tuple[str | None, ...] = (None,)
+    methods: tuple[str, ...] = METHODS
+
+
+#: Neurons are ranked, never updated: SparseGPT has nothing to say of them.
+_RANKED = tuple(method for method in METHODS if method != "sparsegpt")
+_TWO_FOUR = Plan("2:4", 0.5, (None, "w8a16-2:4", "w4a16-2:4"))
+PLANS = {
+    "encoder": (
+        *(Plan("unstructured", share) for share in _SHARES),
+        _TWO_FOUR,
+        *(Plan("block64", share, (None, "w8a16-block64", "w4a16-block64")) for share in (0.25, 0.5)),
+        Plan("neurons", 0.25, (None, "w8a16", "w4a16"), _RANKED),
+    ),
+    "language model": (Plan("unstructured", 0.5), _TWO_FOUR, Plan("neurons", 0.25, (None, "w8a16", "w4a16"), _RANKED)),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One pruned model."""
+
+    model: str
+    pattern: str
+    sparsity: float
+    method: str
+    #: ``float`` where it was not converted.
+    scheme: str
+    #: Of the layers that were pruned, as they are held in memory.
+    linear_bytes: int
+    quality: dict[str, float]
+
+
+def run_sparse_demo(
+    json_path: Path | None = None,
+    picture: Path = Path("qlinear-sparse.png"),
+    no_download: bool = False,
+    models: Sequence[str] = tuple(PLANS),
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Prunes, measures, prints the tables through ``say``, writes the picture, and returns what ``json_path`` gets.
+
+    Raises:
+        qlinear.demo.wheels.SourceError: a model or a text cannot be had, or a package is missing.
+    """
+    from qlinear.demo.sparse_plot import plot, require_matplotlib
+
+    require_matplotlib()
+    load: dict[str, Callable[[bool, Callable[[str], None]], Subject]] = {
+        "encoder": encoder,
+        "language model": language_model,
+    }
+    data: dict[str, Any] = {"versions": versions(), "models": []}
+    for kind in models:
+        subject = load[kind](no_download, say)
+        quality = subject.measure(subject.model)
+        whole = Result(subject.name, "none", 0.0, "none", "float", _bytes(subject.model), quality)
+        results = list(_results(subject, PLANS[kind]))
+        say(_tables(subject, whole, results))
+        times = _neuron_times(subject)
+        say(_time_line(times))
+        data["models"].append(
+            {"float": asdict(whole), "pruned": [asdict(r) for r in results], "neurons_25_percent": times}
+        )
+    plot(data["models"], picture)
+    say(f"\nwrote {picture}")
+    if json_path is not None:
+        write_json(json_path, data)
+    return data
+
+
+def _results(subject: Subject, plans: Sequence[Plan]) -> Iterator[Result]:
+    jobs = [(plan, method) for plan in plans for method in plan.methods]
+    for plan, method in tqdm(jobs, desc=subject.name, unit="model", disable=None):
+        pruned = _pruned(subject, plan, method)
+        for scheme in plan.schemes:
+            model = copy.deepcopy(pruned)
+            if method == "sparsegpt" and scheme is not None and FORMATS[scheme].bits == 4:
+                # Rounded in the same sweep, so that later weights make good for earlier ones' rounding too.
+                model = _pruned(subject, plan, method, _dense(scheme))
+            if scheme is not None:
+                model = _convert(subject, model, scheme)
+            yield Result(
+                subject.name, plan.pattern, plan.sparsity, method, scheme or "float", _bytes(model, plan, scheme),
+                subject.measure(model),
+            )  # fmt: skip
+
+
+def _dense(scheme: str) -> str:
+    """The scheme of the same codes without sparsity."""
+    dense = FORMATS[scheme].dense
+    assert dense is not None
+    return dense.name
+
+
+def _pruned(subject: Subject, plan: Plan, method: str, scheme: str | None = None) -> Any:
+    model = copy.deepcopy(subject.model)
+    if method == "gradient":
+        model.requires_grad_(True)
+    qlinear.prune(
+        model,
+        method,
+        {**dict.fromkeys(subject.unused), "*": plan.sparsity},
+        plan.pattern,
+        subject.calibration,
+        loss=subject.loss if method == "gradient" else None,
+        scheme=scheme,
+        progress=False,
+    )
+    return model.requires_grad_(False)
+
+
+def _convert(subject: Subject, model: Any, scheme: str) -> Any:
+    """Converts what was pruned; an output head was not."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = [name for name, module in model.named_modules() if module is head and head is not None]
+    return qlinear.convert(model, {**dict.fromkeys([*subject.unused, *heads]), "*": scheme}, progress=False)
+
+
+def _bytes(model: nn.Module, plan: Plan | None = None, scheme: str | None = None) -> int:
+    """Bytes of the linear layers but the output head's; of a float model with zeros, in the pattern's own format."""
+    holds = f"w16a16-{plan.pattern}" if plan is not None and scheme is None else ""
+    if holds in FORMATS and plan is not None:
+        fmt = FORMATS[holds]
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features < 10_000]
+        density = 1 - plan.sparsity
+        return sum(fmt.weight_bytes(m.out_features, m.in_features, density=density) for m in layers)
+    total = 0
+    for module in model.modules():
+        if isinstance(module, qlinear.QLinear):
+            total += module.nbytes
+        elif isinstance(module, nn.Linear) and module.out_features < 10_000:
+            total += module.weight.numel() * 2
+    return total
+
+
+def _tables(subject: Subject, whole: Result, results: Sequence[Result]) -> str:
+    metric = next(iter(whole.quality))
+    header = ("pattern", "removed", "scheme", "linear layers", *METHODS)
+    before = ("none", "", "float", human_bytes(whole.linear_bytes), f"{whole.quality[metric]:.3f}")
+    rows: list[tuple[str, ...]] = [(*before, *[""] * (len(METHODS) - 1))]
+    keys = dict.fromkeys((r.pattern, r.sparsity, r.scheme) for r in results)
+    for pattern, sparsity, scheme in keys:
+        mine = {r.method: r for r in results if (r.pattern, r.sparsity, r.scheme) == (pattern, sparsity, scheme)}
+        cells = (f"{mine[m].quality[metric]:.3f}" if m in mine else "" for m in METHODS)
+        size = human_bytes(next(iter(mine.values())).linear_bytes)
+        rows.append((pattern, f"{sparsity:.0%}", scheme, size, *cells))
+    better = "lower is better" if subject.lower_is_better else "higher is better, 1 is the float model"
+    title = f"\n{subject.name}: {metric} ({better}); sizes with floats in 16 bit"
+    return f"{title}\n{table(header, rows, right=range(3, len(header)))}\n{subject.note}"
+
+
+def _neuron_times(subject: Subject, rounds: int = 7) -> dict[str, float]:
+    """The whole model's time on one calibration batch with and without a quarter of its neurons, in turns."""
+    pruned = _pruned(subject, Plan("neurons", 0.25), "magnitude")
+    sides = {"float": subject.model, "pruned": pruned}
+    batch, times = subject.calibration[0], {name: list[float]() for name in sides}
+    with torch.inference_mode():
+        for model in sides.values():
+            model(**batch)
+        for _ in range(rounds):
+            for name, model in sides.items():
+                begin = perf_counter()
+                model(**batch)
+                times[name].append(perf_counter() - begin)
+    sizes = {name: sum(p.nbytes for p in model.parameters()) for name, model in sides.items()}
+    work = {name: _bytes(model) for name, model in sides.items()}
+    return {
+        "float_ms": median(times["float"]) * 1e3,
+        "pruned_ms": median(times["pruned"]) * 1e3,
+        "model_bytes": sizes["pruned"] / sizes["float"],
+        "linear_bytes": work["pruned"] / work["float"],
+    }
+
+
+def _time_line(times: dict[str, float]) -> str:
+    return (
+        f"a quarter of the neurons removed: the linear layers are {times['linear_bytes']:.0%} of their size, a forward "
+        f"pass takes {times['pruned_ms'] / times['float_ms']:.0%} of its time ({times['float_ms']:.0f} -> "
+        f"{times['pruned_ms']:.0f} ms)"
+    )
