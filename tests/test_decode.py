@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import DTYPES, coded_weight, dtype_id, random_weight, weight64
 
-from qlinear.format import DENSE
+from qlinear.format import DENSE, FORMATS
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.dequantize import dequantize, dequantize_tensors
 from qlinear.kernels.matmul import matmul
@@ -21,7 +21,7 @@ def powers_of_two(fmt, k):
 
 
 def test_every_packing_has_a_decoder():
-    assert {fmt.packing for fmt in DENSE.values()} == set(DECODERS)
+    assert {fmt.packing for fmt in FORMATS.values()} == set(DECODERS)
 
 
 @every_dtype
