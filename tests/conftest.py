@@ -43,12 +43,21 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-kernel", action="store_true", help="Compile all that ships, not a sample: minutes more.")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_kernel: runs with --every-kernel only")
     config.addinivalue_line("markers", "compiled: needs the result of a compilation that tests/test_compile.py makes")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none; leaves out the kernels that were not asked for."""
+    if not config.getoption("every_kernel"):
+        rest = [item for item in items if item.get_closest_marker("every_kernel")]
+        items[:] = [item for item in items if not item.get_closest_marker("every_kernel")]
+        config.hook.pytest_deselected(items=rest)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

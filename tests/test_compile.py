@@ -5,6 +5,7 @@ Run as a program this file is the worker, which is asked for jobs by their index
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass, field
 
 import pytest
@@ -95,6 +96,34 @@ def jobs() -> list[Job]:
 JOBS = jobs()
 
 
+def pairs(job: Job) -> set[tuple[object, ...]]:
+    """Every two traits of a job: its target, format, dtype, tile and options."""
+    tile = job.config and (job.config.block_m, job.config.block_n, job.config.num_warps)
+    traits = enumerate((str(job.target), job.fmt and job.fmt.name, job.dtype, tile, str(job.options)))
+    return {(job.kernel, *pair) for pair in itertools.combinations(traits, 2)}
+
+
+def sample() -> set[int]:
+    """Few jobs that have every pair of traits that any job has: the one with most new pairs, again and again."""
+    left = {index: pairs(job) for index, job in enumerate(JOBS)}
+    chosen = set()
+    while left:
+        index = max(left, key=lambda index: len(left[index]))
+        chosen.add(index)
+        seen = left.pop(index)
+        left = {index: rest for index, each in left.items() if (rest := each - seen)}
+    return chosen
+
+
+SAMPLE = sample()
+
+
+def parameters() -> list[object]:
+    """Every job by its name; `pytest --every-kernel` compiles those that the sample leaves out."""
+    marks = [() if index in SAMPLE else (pytest.mark.every_kernel,) for index in range(len(JOBS))]
+    return [pytest.param(index, marks=marks[index], id=str(job)) for index, job in enumerate(JOBS)]
+
+
 @pytest.fixture(scope="session")
 def compiled(request):
     """The results of all jobs that were selected, compiled at the first use."""
@@ -106,7 +135,7 @@ def compiled(request):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("index", range(len(JOBS)), ids=lambda index: str(JOBS[index]))
+@pytest.mark.parametrize("index", parameters())
 def test_compiles_to_what_it_should(index, compiled):
     job, result = JOBS[index], compiled[index]
     assert "error" not in result, result["error"]
