@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from bench.workers import answer, ask
-from qlinear.format import DENSE, Format
+from qlinear.format import DENSE, FORMATS, Format
+from qlinear.kernels.blocks import shipped_block_configs
 from qlinear.kernels.configs import Config, shipped_configs
 from qlinear.kernels.runtime import Capability
 
@@ -24,7 +25,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Job:
-    """One call of :func:`qlinear.kernels.compile.compile_matmul`, or of its like for the two other kernels."""
+    """One call of :func:`qlinear.kernels.compile.compile_matmul`, or of its like for the other kernels."""
 
     kernel: str
     target: Capability
@@ -74,6 +75,13 @@ def jobs() -> list[Job]:
         for i, (name, dtype, options) in enumerate(VARIANTS if target in TARGETS else FLOAT8_VARIANTS):
             configs = list(shipped_configs(DENSE[name], DTYPES[dtype], target))
             result.append(Job("matmul", target, dtype, DENSE[name], configs[i % len(configs)], options))
+        if target in TARGETS:
+            # Another tile and dtype for each format.
+            for i, fmt in enumerate(fmt for fmt in FORMATS.values() if fmt.block):
+                dtype = ("fp32", "bf16", "fp16")[i]
+                configs = shipped_block_configs(fmt, DTYPES[dtype], target)
+                options = {"in_features": 200 if i else 4096}
+                result.append(Job("blocks", target, dtype, fmt, configs[(i + 1) % len(configs)], options))
         for k in (200, 14336):
             result.append(Job("quantize", target, "bf16", options={"in_features": k, "number": "e4m3"}))
         for dtype in DTYPES if target in TARGETS else ():
@@ -132,19 +140,21 @@ def test_compiles_to_what_it_should(index, compiled):
     job, result = JOBS[index], compiled[index]
     assert "error" not in result, result["error"]
     assert result["spilled"] == 0
-    if job.kernel == "matmul":
+    if job.kernel in ("matmul", "blocks"):
         assert result["tensor_core_instructions"] > 0
         if not isinstance(job.target, str):
             assert result["asynchronous_copies"] > 0
 
 
 def compile_one(index):
-    from qlinear.kernels.compile import compile_dequantize, compile_matmul, compile_quantize, usage
+    from qlinear.kernels.compile import compile_blocks, compile_dequantize, compile_matmul, compile_quantize, usage
 
     job = JOBS[index]
     dtype = DTYPES[job.dtype]
     if job.kernel == "matmul":
         kernel = compile_matmul(job.fmt, dtype, job.config, job.target, **job.options)
+    elif job.kernel == "blocks":
+        kernel = compile_blocks(job.fmt, dtype, job.config, job.target, **job.options)
     elif job.kernel == "dequantize":
         kernel = compile_dequantize(job.fmt, dtype, job.target)
     else:
