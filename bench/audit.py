@@ -28,7 +28,7 @@ from qlinear.kernels.configs import Config, choose_config, token_bytes
 from qlinear.machines import MACHINES, arch_name
 
 #: Those whose kernels are counted.
-SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity is None or fmt.block)
+SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity != "unstructured")
 CAPABILITIES = {machine.arch: machine.capability for machine in MACHINES.values()}
 
 
@@ -153,7 +153,7 @@ def tile_bytes(
 ) -> tuple[int, int]:
     """Bytes of the weight's codes and of x in one block along K."""
     x_size, columns = token_bytes(fmt, dtype, capability), fmt.block or BLOCK_K
-    return config.block_n * columns * fmt.bits // 8, config.block_m * columns * x_size
+    return config.block_n * columns * fmt.block_bytes // BLOCK_K, config.block_m * columns * x_size
 
 
 def read_kernel(job: Job, problem: Problem, program: Sequence[sass.Instruction], used: dict[str, Any]) -> Audited:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bench import fragments
 from bench.audit import Audited, audit, job_and_config, jobs_of
 from bench.budgets import KNOWN, excesses
 from bench.cubins import DTYPES, Job
@@ -45,11 +46,13 @@ def run(
     rows = [row for machine in machines for row in predictions(audited, wanted, schemes, machine)]
     over = [line + " (known)" * (line in KNOWN) for line in excesses(audited)]
     parts = [kernel_table(audited.values()), *(machine_table(rows, machine) for machine in machines)]
+    sparse, sparse_data = fragments.report(archs, schemes, wanted)
+    parts += [sparse] if sparse else []
     parts.append(
         "\n".join(["over budget (see bench/budgets.py):", *over]) if over else "all within budget (bench/budgets.py)"
     )
     kernels = [asdict(a.kernel) for a in audited.values()]
-    return "\n\n".join(parts), {"kernels": kernels, "predictions": rows, "over_budget": over}
+    return "\n\n".join(parts), {"kernels": kernels, "predictions": rows, "over_budget": over, "sparse": sparse_data}
 
 
 def predictions(

@@ -52,6 +52,10 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-block64": Slots(3.63, 3.92),
         "w8a16-block64": Slots(3.03, 3.84),
         "w16a16-block64": Slots(1.57, 1.57),
+        "w4a16-2:4": Slots(3.36, 3.63),
+        "w4a16-asym-2:4": Slots(3.38, 3.64),
+        "w8a16-2:4": Slots(4.18, 4.92),
+        "w16a16-2:4": Slots(7.55, 7.55),
     },
     "sm_80": {
         "w8a8": Slots(0.74, 0.74),

@@ -93,11 +93,11 @@ def _numerics_of(fmt: Format, dtype: torch.dtype, shape: tuple[int, int], tokens
             ways["operator"] = lambda x=x: ops.linear(x, packed, bias)
         for by, way in ways.items():
             row = {"scheme": fmt.name, "dtype": dtype_name(dtype), "m": m, "n": n, "k": k, "by": by}
-            rows.append(row | _error(way, wanted, fmt.max_error(dtype)))
+            rows.append(row | error_of(way, wanted, fmt.max_error(dtype)))
     return rows
 
 
-def _error(way: Any, wanted: Tensor, bound: float) -> Result:
+def error_of(way: Any, wanted: Tensor, bound: float) -> Result:
     """The relative error of one way; whatever is raised is a result too."""
     try:
         with poisoned():

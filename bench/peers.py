@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from bench.sides import Side, Unavailable, quiet
 from qlinear.format import Format
+from qlinear.sparse import prune_weight
 
 #: Makes a side of ``copies`` copies from a float weight ``[N, K]``, rounded like the format, in the peer's own way.
 Maker = Callable[[Tensor, Format, int], Side]
@@ -251,6 +252,14 @@ def scaled_mm(weight: Tensor, fmt: Format, copies: int) -> Side:
     return Side([by(w) for w in _copies(codes, copies)], rounded)
 
 
+def semi_structured(weight: Tensor, fmt: Format, copies: int) -> Side:
+    """``torch.sparse.to_sparse_semi_structured``: cuSPARSELt or CUTLASS on a 16-bit 2:4 weight; for many tokens."""
+    _refuse(fmt.sparsity != "2:4" or fmt.number != "float", "multiplies 16-bit 2:4 weights")
+    _refuse(not weight.is_cuda, "needs a GPU")
+    kept = prune_weight(weight, fmt, "magnitude")
+    return Side([_linear_by(torch.sparse.to_sparse_semi_structured(kept.clone())) for _ in range(copies)])
+
+
 PEERS: dict[str, Maker] = {
     "torchao": torchao,
     "torchao-compiled": torchao_compiled,
@@ -258,6 +267,7 @@ PEERS: dict[str, Maker] = {
     "bitsandbytes": bitsandbytes,
     "_int_mm": int_mm,
     "_scaled_mm": scaled_mm,
+    "semi-structured": semi_structured,
 }
 
 

@@ -74,7 +74,7 @@ def weight_bytes(fmt: Format, n: int, k: int) -> int:
     if fmt.block:
         return fmt.weight_bytes(n, k, density=BLOCK_DENSITY)
     rows, columns = -(-n // TILE_N) * TILE_N, -(-k // BLOCK_K) * BLOCK_K
-    return rows * columns * fmt.bits // 8 + rows * fmt.groups(columns) * (2 if fmt.symmetric else 4)
+    return rows * columns // BLOCK_K * fmt.block_bytes + rows * fmt.groups(columns) * (2 if fmt.symmetric else 4)
 
 
 def traffic(problem: Problem, fmt: Format, config: Config, capability: tuple[int, int] = (9, 0)) -> Traffic:

@@ -71,8 +71,13 @@ def float_side(weight: Tensor) -> Side:
 def packed_side(packed: PackedWeight) -> Side:
     """qlinear's operator."""
     count = _copies(packed.nbytes, packed.device)
-    clones = (replace(packed, weight=packed.weight.clone(), scale=packed.scale.clone()) for _ in range(count - 1))
-    return Side([_packed_call(p) for p in (packed, *clones)])
+    return Side([_packed_call(p) for p in (packed, *(_clone(packed) for _ in range(count - 1)))])
+
+
+def _clone(p: PackedWeight) -> PackedWeight:
+    weight, scale, zero, index = (None if t is None else t.clone() for t in p.tensors)
+    assert weight is not None and scale is not None
+    return replace(p, weight=weight, scale=scale, zero_point=zero, index=index)
 
 
 def _copies(size: int, device: torch.device) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from qlinear.format import Format
 from qlinear.kernels.configs import M_BUCKETS, Config
 from qlinear.kernels.decode import DECODERS
-from qlinear.kernels.matmul import _share_partials, _store_output
+from qlinear.kernels.epilogue import share_partials, store_output
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability, Target, counters, device_guard, target_of, unused
 from qlinear.kernels.tiles import concat, scale_planes
 
@@ -42,7 +42,7 @@ def _block_kernel(
     x: [M, K], rows stride_xm apart. y: [M, N] contiguous. bias: [N] or None. w, scale, index: see
     :mod:`qlinear.sparse_layout`; a block is BLOCK_N x BLOCK_N. GROUP is None where a scale belongs to a whole row, and
     SCALED false where there is none. Rows of blocks are taken in the order of the index, the longest first, and every
-    one is cut in ``splits`` parts: programs that take long start early. partial, counter: see _share_partials.
+    one is cut in ``splits`` parts: programs that take long start early. partial, counter: see share_partials.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     WORDS: tl.constexpr = BLOCK_N // PLANES
@@ -92,12 +92,12 @@ def _block_kernel(
 
     is_last = splits == 1
     if splits > 1:
-        acc, is_last = _share_partials(
+        acc, is_last = share_partials(
             acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N
         )
     if is_last:
         row_scale = tl.load(scale_ptr + pid_n * BLOCK_N + row) if SCALED and GROUP is None else None
-        _store_output(acc, y_ptr, row_scale, None, bias_ptr, offs_n, offs_m, M, N, 1.0)
+        store_output(acc, y_ptr, row_scale, None, bias_ptr, offs_n, offs_m, M, N, 1.0)
 
 
 def choose_block_config(

@@ -1,4 +1,4 @@
-"""Whether tensors fit each other, before a kernel is given them."""
+"""What the launchers refuse: tensors that are not what the kernels take them for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qlinear.format import BLOCK_K, TILE_N, Format
 from qlinear.kernels.decode import DECODERS
+from qlinear.layout24 import FRAGMENT_ROWS
 
 if TYPE_CHECKING:
     from qlinear.packing import PackedWeight
@@ -20,11 +21,17 @@ def check_layout(packed: PackedWeight) -> None:
         raise ValueError(f"the kernels read the layout 'triton', got {packed.layout!r}; use to_layout('triton')")
 
 
-def check(x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, n: int, bias: Tensor | None) -> None:
+def check(
+    x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, n: int, bias: Tensor | None, index: Tensor | None = None
+) -> None:
     """Raises a ValueError that names what was got and what was wanted, where the tensors do not fit."""
+    _check_product(x, weight, bias, n)
+    check_weight(weight, scale, fmt, n, x.shape[1], index)
+
+
+def _check_product(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> None:
     if x.dim() != 2 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"x must be a float16, bfloat16 or float32 matrix [M, K], got {x.dtype} {tuple(x.shape)}")
-    check_weight(weight, scale, fmt, n, x.shape[1])
     if bias is not None and (tuple(bias.shape) != (n,) or not bias.is_floating_point()):
         raise ValueError(f"bias must be floats ({n},), got {bias.dtype} {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -32,15 +39,27 @@ def check(x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, n: int, bias: T
             raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")
 
 
-def check_weight(weight: Tensor, scale: Tensor, fmt: Format, n: int, k: int) -> None:
+def _check_tensor(name: str, t: Tensor | None, what: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if t is None or tuple(t.shape) != shape or t.dtype != dtype or not t.is_contiguous():
+        got = None if t is None else f"{t.dtype} {tuple(t.shape)}"
+        raise ValueError(f"the {name} {what} is contiguous {dtype} {shape}, got {got}")
+
+
+def check_weight(weight: Tensor, scale: Tensor, fmt: Format, n: int, k: int, index: Tensor | None = None) -> None:
     """As :func:`check`, for the weight ``[n, k]`` alone."""
     tiles, blocks = -(-n // TILE_N), -(-k // BLOCK_K)
     groups = fmt.groups(blocks * BLOCK_K)
     what = f"of {fmt} [{n}, {k}] in the layout 'triton'"
     decoder = DECODERS[fmt.packing]
     dtype, shape = decoder.dtype, (tiles, blocks, TILE_N, decoder.words)
-    if tuple(weight.shape) != shape or weight.dtype != dtype or not weight.is_contiguous():
-        raise ValueError(f"the weight {what} is contiguous {dtype} {shape}, got {weight.dtype} {tuple(weight.shape)}")
+    if fmt.sparsity == "2:4":
+        dtype, shape = torch.int32, (tiles, blocks, TILE_N, decoder.words // 4)
+        _check_tensor("index", index, what, dtype, (tiles, blocks, TILE_N, 4))
+    _check_tensor("weight", weight, what, dtype, shape)
+    if fmt.number == "float":
+        if scale.numel() or scale.dtype.itemsize != 2:
+            raise ValueError(f"the scale {what} is empty and has the dtype of the weights, 16 bits; got {scale.dtype}")
+        return
     pairs = fmt.groups_per_block
     scales = (tiles, groups, TILE_N) if fmt.symmetric else (tiles, groups // pairs, TILE_N, 2 * pairs)
     if tuple(scale.shape) != scales or not scale.is_floating_point() or not scale.is_contiguous():
@@ -49,3 +68,24 @@ def check_weight(weight: Tensor, scale: Tensor, fmt: Format, n: int, k: int) -> 
         raise ValueError(f"the scale {what} shares a 32-bit word with its zero point: 16 bits, got {scale.dtype}")
     if scale.device != weight.device:
         raise ValueError(f"the weight is on {weight.device} but its scale is on {scale.device}")
+
+
+def check_fragments(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor | None, fmt: Format, n: int,
+    bias: Tensor | None,
+) -> None:  # fmt: skip
+    """As :func:`check`, for a 2:4 weight in the layout ``mma.sp``."""
+    if fmt.sparsity != "2:4":
+        raise ValueError(f"mma.sp multiplies 2:4 weights, got {fmt}")
+    k = x.shape[-1]
+    _check_product(x, weight, bias, n)
+    what = f"of {fmt} [{n}, {k}] in the layout 'mma.sp'"
+    rows, blocks = -(-n // FRAGMENT_ROWS), -(-k // BLOCK_K)
+    chunks = blocks * 4 // fmt.planes
+    _check_tensor("weight", weight, what, torch.int32, (rows, chunks, 8, 32, 4))
+    _check_tensor("index", index, what, torch.int32, (rows, chunks, fmt.planes, 32, 4))
+    if fmt.number == "int":
+        grouped = fmt.group_size is not None
+        _check_tensor("scale", scale, what, scale.dtype, (rows, blocks, 8, 8, 2) if grouped else (rows, FRAGMENT_ROWS))
+    if not fmt.symmetric:
+        _check_tensor("zero_point", zero, what, torch.uint8, (rows, blocks, 8, 8, 4))

@@ -22,6 +22,7 @@ from qlinear.kernels.dequantize import _dequantize_kernel
 from qlinear.kernels.dequantize import constexprs as dequantize_constexprs
 from qlinear.kernels.int8 import _quantize_kernel, quantize_options, rounded_dtype
 from qlinear.kernels.matmul import _matmul_kernel, constexprs
+from qlinear.kernels.mma_sp import _mma_sp_kernel, fragment_constexprs
 from qlinear.kernels.runtime import Capability, Target
 
 #: Scalar arguments that are no integers.
@@ -65,7 +66,7 @@ def compile_matmul(
     scale_dtype = scale_dtype or fmt.scale_dtype(dtype)
     pointers: dict[str, torch.dtype | None] = {
         "x_ptr": x_dtype,
-        "w_ptr": DECODERS[fmt.packing].dtype,
+        **_weight_pointers(fmt),
         "scale_ptr": scale_dtype,
         "x_scale_ptr": torch.float32 if fmt.quantized_activations else None,
         "bias_ptr": dtype if bias else None,
@@ -77,6 +78,33 @@ def compile_matmul(
     integers = {"N": 4096, "K": in_features, "stride_xm": in_features if row_stride is None else row_stride}
     options = config.options(fmt, capability)
     return compile_kernel(_matmul_kernel, pointers, integers, constants, options, capability)
+
+
+def compile_fragments(
+    fmt: Format, dtype: torch.dtype, config: Config, capability: Capability, *, in_features: int = 4096
+) -> CompiledKernel:
+    """The kernel on sparse tensor cores, for x, scales and y in ``dtype`` and a bias."""
+    pointers: dict[str, torch.dtype | None] = {
+        "x_ptr": dtype,
+        "w_ptr": torch.int32,
+        "index_ptr": torch.int32,
+        "scale_ptr": dtype,
+        "zero_ptr": None if fmt.symmetric else torch.int32,
+        "bias_ptr": dtype,
+        "y_ptr": dtype,
+        "partial_ptr": torch.float32,
+        "counter_ptr": torch.int32,
+    }
+    integers = {"N": 4096, "K": in_features, "stride_xm": in_features}
+    constants = fragment_constexprs(fmt, in_features, config)
+    options = {"num_warps": config.num_warps}
+    return compile_kernel(_mma_sp_kernel, pointers, integers, constants, options, capability)
+
+
+def _weight_pointers(fmt: Format) -> dict[str, torch.dtype | None]:
+    if fmt.sparsity == "2:4":
+        return {"w_ptr": torch.int32, "index_ptr": torch.int32}
+    return {"w_ptr": DECODERS[fmt.packing].dtype, "index_ptr": None}
 
 
 def compile_blocks(
@@ -114,7 +142,7 @@ def compile_dequantize(
     """The kernel that writes the dense weight in ``dtype``."""
     scale_dtype = scale_dtype or fmt.scale_dtype(dtype)
     pointers: dict[str, torch.dtype | None] = {
-        "w_ptr": DECODERS[fmt.packing].dtype,
+        **_weight_pointers(fmt),
         "scale_ptr": scale_dtype,
         "y_ptr": dtype,
     }
@@ -182,7 +210,7 @@ def usage(compiled: CompiledKernel) -> Usage:
     return Usage(int(found[1]), int(found[2]), shared, len(_TENSOR_CORE.findall(ptx)), len(_ASYNCHRONOUS.findall(ptx)))
 
 
-_TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+_TENSOR_CORE = re.compile(r"\b(?:mma\.sync|mma\.sp\S*\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 _ASYNCHRONOUS = re.compile(r"\bcp\.async\.(?:c[ag]\.shared|bulk\S*\.shared)")
 
 

@@ -39,9 +39,15 @@ _HOPPER_TILES: _Tiles = _AMPERE_TILES | {
 #: Two warpgroups that each have all 128 tokens keep the decoded weight in registers (w4a16: 3.3 instructions a weight);
 #: in a tile of 128x128 they share it through shared memory (5.7). Only the sums of int4 leave registers enough.
 _HOPPER_TILES_INT4: _Tiles = _HOPPER_TILES | {128: ((128, 256, 8), (128, 128, 8))}
+#: 2:4 on mma.sync: the warps along the tokens each expand the weight, which takes registers too.
+_AMPERE_TILES_24: _Tiles = _AMPERE_TILES | {128: ((64, 128, 8),)}
 _BLACKWELL_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 8),), 64: ((64, 128, 4),)}
+#: 16-bit floats of a 2:4 weight: a wide tile of them does not fit into the registers of 4 warps.
+_HOPPER_TILES_16: _Tiles = _AMPERE_TILES | {64: ((64, 256, 8), (64, 128, 8))}
 #: int8 in groups: their scales do not fit into registers beside a wide tile.
 _HOPPER_TILES_INT8_GROUPS: _Tiles = _HOPPER_TILES | {16: ((16, 128, 4),)}
+#: int8 and 16 bits of a 2:4 weight, expanded, do not fit into registers beside a wide tile.
+_BLACKWELL_TILES_24: _Tiles = _BLACKWELL_TILES | {16: ((16, 128, 4),), 64: ((64, 128, 8),)}
 #: Groups of 32: the scales of four groups do not fit into registers beside a wide tile.
 _BLACKWELL_TILES_32: _Tiles = _BLACKWELL_TILES | {16: ((16, 128, 8),)}
 #: float8 as a whole warpgroup multiplies it: a tile of 8 tokens would be converted to float16 first.
@@ -208,6 +214,12 @@ def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability)
         return _BLACKWELL_TILES_32[bucket]
     if fmt.group_size is not None and fmt.bits == 8 and capability[0] == 9:
         return _HOPPER_TILES_INT8_GROUPS[bucket]
+    if fmt.sparsity == "2:4" and capability[0] not in (9, 10):
+        return _AMPERE_TILES_24[bucket]
+    if fmt.sparsity == "2:4" and capability[0] == 10 and fmt.bits != 4:
+        return _BLACKWELL_TILES_24[bucket]
+    if fmt.bits == 16 and capability[0] == 9:
+        return _HOPPER_TILES_16[bucket]
     if fmt.packing == "planar4" and capability[0] == 9:
         return _HOPPER_TILES_INT4[bucket]
     if fmt.packing == "rows_e4m3" and capability[0] in _FP8_TILES:
@@ -217,8 +229,8 @@ def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability)
 
 def _split_k(wanted: int, tiles: int, bucket: int, k: int, fmt: Format) -> int:
     blocks = -(-k // BLOCK_K)
-    # Of one row of the weight: bits * k / 8 bytes of codes, and 4 bytes of each partial sum for each token.
-    affordable = int(_MAX_PARTIALS * fmt.bits * k / 8 / (4 * bucket))
+    # Of one row of the weight: its codes, and 4 bytes of each partial sum for each token.
+    affordable = int(_MAX_PARTIALS * fmt.block_bytes * k / BLOCK_K / (4 * bucket))
     split = max(1, min(wanted, blocks // _MIN_BLOCKS, affordable))
     if tiles > MAX_SPLIT_TILES:
         return 1
@@ -244,4 +256,4 @@ def _num_stages(
 def _tile_bytes(block_m: int, block_n: int, fmt: Format, dtype: torch.dtype, capability: Capability) -> tuple[int, int]:
     """Bytes of the weight and of the tokens in one block of 128 along K."""
     tokens = block_m * BLOCK_K * token_bytes(fmt, dtype, capability)
-    return block_n * BLOCK_K * fmt.bits // 8, tokens
+    return block_n * fmt.block_bytes, tokens

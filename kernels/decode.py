@@ -175,6 +175,12 @@ def decode_nibbles8(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
         return (words << 4, words & -16)
 
 
+@triton.jit
+def decode_rows16(words, zeros, PTX: tl.constexpr, DT: tl.constexpr):
+    """16-bit floats in natural order: one plane, rounded to DT where that is the other kind."""
+    return (words.to(tl.float32).to(DT) if words.dtype != DT else words,)
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A decode function and what the loops must know of it."""
@@ -199,7 +205,7 @@ DECODERS = {
     "nibbles8": Decoder(decode_nibbles8, 2, torch.int8, {torch.int8: 1 / 16}),
     "rows8": Decoder(decode_rows8, 1, torch.int8),
     # A word is the bits of a float; the launcher says of which dtype.
-    "rows16": Decoder(decode_rows8, 1, torch.int16),
+    "rows16": Decoder(decode_rows16, 1, torch.int16),
     "planar_e4m3": Decoder(decode_planar_e4m3, 2, torch.int16, {torch.float16: 256.0}),
     "rows_e4m3": Decoder(decode_rows_e4m3, 1, torch.int8, {torch.float16: 256.0}),
 }

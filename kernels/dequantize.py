@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _dequantize_kernel(
-    w_ptr, scale_ptr, y_ptr, N, K,
-    DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr,
+    w_ptr, index_ptr, scale_ptr, y_ptr, N, K,
+    DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, FLOAT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """y[n, k] = (code[n, k] - zero[n, k // GROUP]) * scale[n, k // GROUP], in float32 and rounded once to y's dtype.
 
@@ -34,15 +35,23 @@ def _dequantize_kernel(
     SLICES: tl.constexpr = PLANES if PLANES >= COUNT else COUNT
     blocks = tl.cdiv(K, 128)
     pid_n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    w_ptrs = w_ptr + (padded_rows(pid_n, blocks, N, ROWS) + block * 64)[:, None] * (128 // PLANES)
-    w_ptrs += tl.arange(0, 128 // SLICES)[None, :]
-    if GROUP is None:
-        s_ptrs = scale_ptr + scale_rows(pid_n, 1, N, 0, COUNT, OFFSET, ROWS)
+    rows = (padded_rows(pid_n, blocks, N, ROWS) + block * 64)[:, None]
+    index = None
+    if index_ptr is None:
+        w_ptrs = w_ptr + rows * (128 // PLANES) + tl.arange(0, 128 // SLICES)[None, :]
     else:
-        s_ptrs = scale_ptr + scale_rows(pid_n, blocks, N, block, COUNT, OFFSET, ROWS)
-    scales = load_scales(s_ptrs, COUNT, OFFSET, tl.float32)
-    planes = decode_block(w_ptrs, scales, DECODE, PLANES, COUNT, OFFSET, False, tl.float32)
-    planes = scale_planes(planes, scales, SLICES, COUNT, tl.float32)
+        w_ptrs = w_ptr + rows * (32 // PLANES) + tl.arange(0, 32 // PLANES)[None, :]
+        index = tl.load(index_ptr + rows * 4 + tl.arange(0, 4)[None, :])
+    if FLOAT:
+        planes = decode_block(w_ptrs, index, (), DECODE, PLANES, COUNT, OFFSET, scale_ptr, False, tl.float32)
+    else:
+        if GROUP is None:
+            s_ptrs = scale_ptr + scale_rows(pid_n, 1, N, 0, COUNT, OFFSET, ROWS)
+        else:
+            s_ptrs = scale_ptr + scale_rows(pid_n, blocks, N, block, COUNT, OFFSET, ROWS)
+        scales = load_scales(s_ptrs, COUNT, OFFSET, tl.float32)
+        planes = decode_block(w_ptrs, index, scales, DECODE, PLANES, COUNT, OFFSET, None, False, tl.float32)
+        planes = scale_planes(planes, scales, SLICES, COUNT, tl.float32)
     offs_n = pid_n * ROWS + tl.arange(0, ROWS)
     offs_k = block * 128 + tl.arange(0, 128)
     y_ptrs = y_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
@@ -58,15 +67,16 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     """
     check_layout(packed)
     return dequantize_tensors(
-        packed.weight, packed.scale, packed.format, packed.out_features, packed.in_features, dtype
+        packed.weight, packed.scale, packed.format, packed.out_features, packed.in_features, dtype, packed.index
     )
 
 
 def dequantize_tensors(
-    weight: Tensor, scale: Tensor, fmt: Format, out_features: int, in_features: int, dtype: torch.dtype
-) -> Tensor:
+    weight: Tensor, scale: Tensor, fmt: Format, out_features: int, in_features: int, dtype: torch.dtype,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """:func:`dequantize` on the bare tensors of the ``triton`` layout."""
-    check_weight(weight, scale, fmt, out_features, in_features)
+    check_weight(weight, scale, fmt, out_features, in_features, index)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"a dense weight is float16, bfloat16 or float32, got {dtype}")
     # The interpreter truncates to bfloat16 where it should round.
@@ -74,26 +84,29 @@ def dequantize_tensors(
     y = torch.empty(out_features, in_features, dtype=stored, device=weight.device)
     with device_guard(weight.device):
         _dequantize_kernel[(triton.cdiv(out_features, TILE_N) * triton.cdiv(in_features, BLOCK_K),)](
-            weight, scale, y, out_features, in_features, **constexprs(fmt)
+            weight, index, scale, y, out_features, in_features, **constexprs(fmt)
         )
     return y.to(dtype)
 
 
 def linear_tensors(
-    x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, out_features: int, bias: Tensor | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor, fmt: Format, out_features: int, bias: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``x @ W^T + bias`` for many tokens x ``[M, K]``: dequantizes some rows at a time for the vendor's matmul."""
     (m, k), target = x.shape, target_of(weight.device)
     rows = dense_rows(m, out_features, k, x.element_size(), target.num_sms, target.l2_bytes)
     if rows >= out_features:
-        dense = dequantize_tensors(weight, scale, fmt, out_features, k, x.dtype)
+        dense = dequantize_tensors(weight, scale, fmt, out_features, k, x.dtype, index)
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
-    check_weight(weight, scale, fmt, out_features, k)
+    check_weight(weight, scale, fmt, out_features, k, index)
     y = torch.empty(m, out_features, dtype=x.dtype, device=x.device)
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
         tiles = slice(start // TILE_N, -(-stop // TILE_N))
-        dense = dequantize_tensors(weight[tiles], scale[tiles], fmt, stop - start, k, x.dtype)
+        parts = weight[tiles], scale if fmt.number == "float" else scale[tiles]
+        places = None if index is None else index[tiles]
+        dense = dequantize_tensors(*parts, fmt, stop - start, k, x.dtype, places)
         torch.mm(x, dense.t(), out=y[:, start:stop])
     return y if bias is None else y.add_(bias)
 
@@ -106,5 +119,6 @@ def constexprs(fmt: Format) -> dict[str, Any]:
         "PLANES": decoder.planes,
         "GROUP": fmt.group_size,
         "OFFSET": fmt.offset if fmt.symmetric else None,
+        "FLOAT": fmt.number == "float",
         "ROWS": TILE_N,
     }

@@ -1,6 +1,6 @@
-# mypy: disable-error-code="no-untyped-def,assignment"
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
 # ruff: noqa: SIM300 - upper case names are constexprs, not constants
-"""y = x @ W^T + bias for packed weights: the only matmul loop, its epilogue and its launcher.
+"""y = x @ W^T + bias for packed weights: the only matmul loop and its launcher.
 
 Inside, everything is transposed: ``y^T = W x^T``, the weight being the left operand, because Hopper's tensor cores
 take that from registers, where the decoder leaves it. The same source becomes mma.sync or mfma elsewhere.
@@ -19,6 +19,7 @@ from qlinear.format import BLOCK_K, Format
 from qlinear.kernels.checks import check, check_layout
 from qlinear.kernels.configs import Config
 from qlinear.kernels.decode import DECODERS
+from qlinear.kernels.epilogue import share_partials, store_output
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, counters, device_guard, target_of, unused
 from qlinear.kernels.tiles import TILE_N as TILE_ROWS
 from qlinear.kernels.tiles import concat, decode_block, load_scales, scale_planes, scale_rows
@@ -28,62 +29,27 @@ if TYPE_CHECKING:
     from qlinear.packing import PackedWeight
 
 
-@triton.jit
-def _store_output(acc, y_ptr, scale, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N, UNIT: tl.constexpr):
-    """y[m, n] = acc[n, m] * UNIT * scale[n] * x_scale[m] + bias[n], cast once; scale, x_scale and bias may be None."""
-    acc = acc.to(tl.float32)
-    if scale is not None:
-        acc *= (scale.to(tl.float32) * UNIT)[:, None]
-    if x_scale_ptr is not None:
-        acc *= tl.load(x_scale_ptr + offs_m, mask=offs_m < M, other=0.0)[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
-    y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[None, :] & (offs_n < N)[:, None])
-
-
-@triton.jit
-def _share_partials(
-    acc, partial_ptr, counter_ptr, tile, split, splits, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Split-K in one launch: returns ``(sum of all partials, whether this program is the one that stores it)``.
-
-    Every program writes its partial sum and counts itself in; the last to arrive adds all of them in the order of
-    their index, so the bits do not depend on who was last, and sets the counter back to zero for the next launch.
-    """
-    offs = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK_N
-    mask = (tl.arange(0, BLOCK_M) < rows)[None, :]
-    ptrs = partial_ptr + tile.to(tl.int64) * splits * (BLOCK_M * BLOCK_N) + offs
-    tl.store(ptrs + split * (BLOCK_M * BLOCK_N), acc, mask=mask)
-    # All threads have written before one of them counts (release), and none reads before that (acquire).
-    tl.debug_barrier()
-    is_last = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu") == splits - 1
-    if is_last:
-        tl.store(counter_ptr + tile, 0)
-        acc = tl.zeros_like(acc)
-        for s in range(splits):
-            # .cg: not from L1, which other processors' writes do not reach.
-            acc += tl.load(ptrs + s * (BLOCK_M * BLOCK_N), mask=mask, other=0, cache_modifier=".cg")
-    return acc, is_last
-
-
 @triton.jit(do_not_specialize=["M", "splits"])
 def _matmul_kernel(
-    x_ptr, w_ptr, scale_ptr, x_scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K, stride_xm, splits,
+    x_ptr, w_ptr, index_ptr, scale_ptr, x_scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
+    M, N, K, stride_xm, splits,
     DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
     MASK_K: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FLOAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] * (code[n, k] - zero[n, k // GROUP]) * scale[n, k // GROUP] * x_scale[m] + bias[n]
 
     x: [M, K], rows stride_xm apart. y: [M, N] contiguous. x_scale: float32 [M] or None. bias: [N] or None. w, scale:
-    prepared layout (see tiles.py); GROUP is None where a scale belongs to a whole row. partial, counter: see
-    _share_partials. Products are x's, the sum is float32, or int32 for a row of int8. UNIT: of decoded numbers.
+    prepared layout (see tiles.py); GROUP is None where a scale belongs to a whole row. index: of a 2:4 weight (see
+    sparse24.py), None of others. FLOAT: codes are the bits of floats in the dtype of scale, which is empty. partial,
+    counter: see share_partials. Products are x's, the sum is float32, or int32 for a row of int8. UNIT: of decoded
+    numbers.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     PRODUCT: tl.constexpr = tl.int32 if DT == tl.int8 else tl.float32
     ACC: tl.constexpr = PRODUCT if GROUP is None else tl.float32
-    WORDS: tl.constexpr = 128 // PLANES
+    # Of 2:4 weights a word of 32 bits is four columns' words.
+    WORDS: tl.constexpr = 128 // PLANES if index_ptr is None else 32 // PLANES
     COUNT: tl.constexpr = 1 if GROUP is None else 128 // GROUP
     # What is stored per group: a scale, or a scale and a zero point.
     PARTS: tl.constexpr = 2 if OFFSET is None else 1
@@ -101,19 +67,25 @@ def _matmul_kernel(
     offs_k = tl.arange(0, SPAN)
 
     # The tiles of a program lie within 2**31 words: 64-bit arithmetic is left to one address for all threads.
-    tile_words = blocks * (TILE_ROWS * WORDS)
+    tile_rows = blocks * TILE_ROWS
     first_tile, last_tile = pid_n * (BLOCK_N // TILE_ROWS), tl.cdiv(N, TILE_ROWS) - 1
-    w_base = w_ptr + first_tile.to(tl.int64) * tile_words + first * (TILE_ROWS * WORDS)
+    before = first_tile.to(tl.int64) * tile_rows + first * TILE_ROWS
     row = tl.arange(0, BLOCK_N)
-    w_offs = tl.minimum(row // TILE_ROWS, last_tile - first_tile) * tile_words + row % TILE_ROWS * WORDS
-    w_offs = w_offs[:, None] + tl.arange(0, WORDS if PLANES >= COUNT else 128 // COUNT)[None, :]
+    rows = (tl.minimum(row // TILE_ROWS, last_tile - first_tile) * tile_rows + row % TILE_ROWS)[:, None]
+    w_base = w_ptr + before * WORDS
+    w_offs = rows * WORDS + tl.arange(0, WORDS if PLANES >= COUNT else 128 // COUNT)[None, :]
+    if index_ptr is not None:
+        i_base = index_ptr + before * 4
+        i_offs = rows * 4 + tl.arange(0, 4)[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + first * 128 + offs_k[:, None]
     x_mask = (offs_m < M)[None, :]
-    if GROUP is None:
-        s_ptrs = scale_ptr + scale_rows(pid_n, 1, N, 0, COUNT, OFFSET, BLOCK_N)
-    else:
-        s_ptrs = scale_ptr + scale_rows(pid_n, blocks, N, first, COUNT, OFFSET, BLOCK_N)
-    scales = load_scales(s_ptrs, COUNT, OFFSET, DT)
+    scales = ()
+    if not FLOAT:
+        if GROUP is None:
+            s_ptrs = scale_ptr + scale_rows(pid_n, 1, N, 0, COUNT, OFFSET, BLOCK_N)
+        else:
+            s_ptrs = scale_ptr + scale_rows(pid_n, blocks, N, first, COUNT, OFFSET, BLOCK_N)
+        scales = load_scales(s_ptrs, COUNT, OFFSET, DT)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     for block in range(first, last):
@@ -126,7 +98,13 @@ def _matmul_kernel(
             else:
                 s_ptrs += tl.where(block + 1 < last, 64 * COUNT, 0)
                 next_scales = load_scales(s_ptrs, COUNT, OFFSET, DT)
-        planes = decode_block(w_base + w_offs, scales, DECODE, PLANES, COUNT, OFFSET, PTX, DT)
+        index = None
+        if index_ptr is not None:
+            index = tl.load(i_base + i_offs)
+            i_base += TILE_ROWS * 4
+        planes = decode_block(
+            w_base + w_offs, index, scales, DECODE, PLANES, COUNT, OFFSET, scale_ptr if FLOAT else None, PTX, DT
+        )
         if SCALE_WEIGHT:
             planes = scale_planes(planes, scales, PLANES if PLANES >= COUNT else COUNT, COUNT, DT)
         for i in tl.static_range(128 // SPAN):
@@ -150,12 +128,12 @@ def _matmul_kernel(
 
     is_last = splits == 1
     if splits > 1:
-        acc, is_last = _share_partials(
+        acc, is_last = share_partials(
             acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N
         )
     if is_last:
-        scale = scales[0] if GROUP is None else None
-        _store_output(acc, y_ptr, scale, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N, UNIT)
+        scale = scales[0] if GROUP is None and not FLOAT else None
+        store_output(acc, y_ptr, scale, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N, UNIT)
 
 
 def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config, target: Target) -> dict[str, Any]:
@@ -172,6 +150,7 @@ def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config
         # float32 on tensor cores: the sum of three TF32 products is as exact as float32's own.
         "PRECISION": "tf32x3" if target.nvidia and dtype == torch.float32 else "ieee",
         "UNIT": decoder.units.get(dtype, 1.0),
+        "FLOAT": fmt.number == "float",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
@@ -195,7 +174,8 @@ def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, config: 
     from qlinear.kernels.int8 import quantized_linear_tensors
 
     linear = quantized_linear_tensors if packed.format.quantized_activations else matmul_tensors
-    y = linear(x2d, packed.weight, packed.scale, packed.format, packed.out_features, bias, config)
+    index = () if packed.index is None else (packed.index,)
+    y = linear(x2d, packed.weight, packed.scale, packed.format, packed.out_features, bias, config, *index)
     return y.view(*x.shape[:-1], packed.out_features)
 
 
@@ -207,13 +187,14 @@ def matmul_tensors(
     out_features: int,
     bias: Tensor | None = None,
     config: Config | None = None,
+    index: Tensor | None = None,
 ) -> Tensor:
     """:func:`matmul` on the bare tensors of the ``triton`` layout, for x ``[M, K]``; not for W8A8 and its like."""
     if fmt.quantized_activations:
         raise ValueError(f"{fmt} multiplies 8-bit activations: use qlinear.kernels.int8.quantized_linear_tensors")
-    check(x, weight, scale, fmt, out_features, bias)
+    check(x, weight, scale, fmt, out_features, bias, index)
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
-    launch(x, None, weight, scale, fmt, bias, y, x.shape[1], config)
+    launch(x, None, weight, scale, fmt, bias, y, x.shape[1], config, index)
     return y
 
 
@@ -227,6 +208,7 @@ def launch(
     y: Tensor,
     in_features: int,
     config: Config | None,
+    index: Tensor | None = None,
 ) -> None:
     """Fills contiguous y ``[M, N]`` from checked tensors; rounded x comes with its scales, padded to blocks of 128."""
     m, n = y.shape
@@ -240,7 +222,8 @@ def launch(
         # Triton's interpreter takes the bits of bfloat16 for integers when it multiplies, and truncates where it
         # should round.
         wide = torch.empty_like(y, dtype=torch.float32)
-        launch(x if x_scale is not None else x.float(), x_scale, weight, scale, fmt, bias, wide, in_features, config)
+        x = x if x_scale is not None else x.float()
+        launch(x, x_scale, weight, scale, fmt, bias, wide, in_features, config, index)
         y.copy_(wide)
         return
     if config is None:
@@ -256,7 +239,7 @@ def launch(
         partial, counter = torch.empty(size, dtype=sums, device=x.device), counters(x.device)
     with device_guard(x.device):
         _matmul_kernel[(tiles * config.split_k,)](
-            x, weight, scale, x_scale, None if bias is None else bias.contiguous(), y, partial, counter,
+            x, weight, index, scale, x_scale, None if bias is None else bias.contiguous(), y, partial, counter,
             m, n, x.shape[1], x.stride(0), config.split_k,
             **constexprs(fmt, x.dtype, x.shape[1], config, target),
             **config.options(fmt, target.capability),

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,assignment"
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
 """One block of 128 along K of the prepared layout, for the rows of one program: addresses, scales, decoded planes.
 
 The layout is :mod:`qlinear.layout`'s: weight ``[N/64, K/128, 64, words]``; scale ``[N/64, G, 64]`` or, where zero
@@ -13,6 +13,7 @@ import triton.language as tl
 
 from qlinear.format import BLOCK_K as _BLOCK_K
 from qlinear.format import TILE_N as _TILE_N
+from qlinear.kernels.sparse24 import expand24
 
 BLOCK_K = tl.constexpr(_BLOCK_K)
 TILE_N = tl.constexpr(_TILE_N)
@@ -51,8 +52,8 @@ def load_scales(ptrs, COUNT: tl.constexpr, OFFSET: tl.constexpr, DT: tl.constexp
         # One wide load for all of a row: in groups of 32 that takes 4 % off the instructions of the loop.
         pairs = tl.load(ptrs[:, None] + tl.arange(0, 2 * COUNT)[None, :])
         scale, zero = tl.split(tl.reshape(pairs, (rows, COUNT, 2)))
-        scales = _columns(scale, COUNT)
-        columns = _columns(zero, COUNT)
+        scales = split_columns(scale, COUNT)
+        columns = split_columns(zero, COUNT)
         zeros = ()
         for g in tl.static_range(COUNT):
             zeros += (columns[g].to(tl.float32).to(DT)[:, None],)
@@ -65,7 +66,7 @@ def load_scales(ptrs, COUNT: tl.constexpr, OFFSET: tl.constexpr, DT: tl.constexp
 
 
 @triton.jit
-def _columns(t, COUNT: tl.constexpr):
+def split_columns(t, COUNT: tl.constexpr):
     """The columns of ``t`` ``[rows, COUNT]``, each ``[rows]``."""
     rows: tl.constexpr = t.shape[0]
     if COUNT == 1:
@@ -82,15 +83,24 @@ def _columns(t, COUNT: tl.constexpr):
 
 @triton.jit
 def decode_block(
-    w_ptrs, scales, DECODE: tl.constexpr, PLANES: tl.constexpr, COUNT: tl.constexpr, OFFSET: tl.constexpr,
-    PTX: tl.constexpr, DT: tl.constexpr,
+    w_ptrs, index, scales, DECODE: tl.constexpr, PLANES: tl.constexpr, COUNT: tl.constexpr, OFFSET: tl.constexpr,
+    float_ptr, PTX: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """``max(PLANES, COUNT)`` planes of the block in the order of K; ``scales`` is what load_scales returned."""
+    """``max(PLANES, COUNT)`` planes of the block in the order of K; ``scales`` is what load_scales returned.
+
+    index: where the codes of a 2:4 weight belong, None of others. float_ptr: of the dtype that the codes are the bits
+    of, None where they are integers.
+    """
     zeros = ()
     for j in tl.static_range(PLANES):
         zeros += (scales[COUNT + j * COUNT // PLANES] if OFFSET is None else OFFSET,)
     if PLANES >= COUNT:
-        return DECODE(tl.load(w_ptrs), zeros, PTX, DT)
+        words = tl.load(w_ptrs)
+        if index is not None:
+            words = expand24(words, index, zeros[0], PLANES, PTX)
+        if float_ptr is not None:
+            words = words.to(float_ptr.dtype.element_ty, bitcast=True)
+        return DECODE(words, zeros, PTX, DT)
     else:
         # int8 in groups of 32: a plane is two groups wide, so the two halves of its words are decoded apart.
         a, c = DECODE(tl.load(w_ptrs), zeros, PTX, DT)

@@ -69,8 +69,8 @@ class Format:
 
     @property
     def offset(self) -> int:
-        """The code of zero in a symmetric format: 8 for int4, 128 for int8, 0 for e4m3."""
-        return 0 if self.number == "e4m3" else 1 << (self.bits - 1)
+        """The code of zero in a symmetric format: 8 for int4, 128 for int8, 0 for floats."""
+        return 1 << (self.bits - 1) if self.number == "int" else 0
 
     @property
     def largest(self) -> int:
@@ -85,6 +85,11 @@ class Format:
     def planes(self) -> int:
         """Codes in one 16-bit word of the prepared GPU layout."""
         return 16 // self.bits
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a row of a block of the prepared GPU layout; of 2:4 weights half the codes, and a bit for each."""
+        return BLOCK_K * (self.bits // 2 + 1 if self.sparsity == "2:4" else self.bits) // 8
 
     @property
     def quantized_activations(self) -> bool:
@@ -109,10 +114,8 @@ class Format:
     def dense(self) -> Format | None:
         """The format of the same values without sparsity; None for 16-bit floats, which are the model's own."""
         values = (self.bits, self.activation_bits, self.group_size, self.symmetric, self.number)
-        same = (f for f in FORMATS.values() if f.sparsity is None)
-        return next(
-            (f for f in same if (f.bits, f.activation_bits, f.group_size, f.symmetric, f.number) == values), None
-        )
+        dense = {(f.bits, f.activation_bits, f.group_size, f.symmetric, f.number): f for f in DENSE.values()}
+        return dense.get(values)
 
     @property
     def weight_only(self) -> Format:
@@ -121,9 +124,8 @@ class Format:
 
     def groups(self, in_features: int) -> int:
         """Scales in one row of ``in_features`` weights."""
-        if self.number == "float":
-            return 0
-        return 1 if self.group_size is None else -(-in_features // self.group_size)
+        per_row = 0 if self.number == "float" else 1
+        return per_row if self.group_size is None else -(-in_features // self.group_size)
 
     @property
     def groups_per_block(self) -> int:

@@ -16,7 +16,8 @@ weights:
   64, 2 * C]`` holds for a row scale and zero point (exact in 16 bit) of each of the C groups of a block in turn, so
   that one load brings all of them. Padded rows and groups have scale 0.
 
-``cpu`` is what PyTorch's packed CPU operators read: :mod:`qlinear.cpu_layout`.
+``cpu`` is what PyTorch's packed CPU operators read: :mod:`qlinear.cpu_layout`. 2:4 weights have a ``triton`` layout of
+their own, and another one, ``mma.sp``: :mod:`qlinear.layout24`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from qlinear import cpu_layout
 from qlinear.bits import pack_bits, unpack_bits
 from qlinear.format import BLOCK_K, TILE_N, Format
 
-LAYOUTS = ("plain", "triton", "cpu")
+LAYOUTS = ("plain", "triton", "cpu", "mma.sp")
 
 #: weight, scale, zero_point
 Tensors = tuple[Tensor, Tensor, Tensor | None]
@@ -39,7 +40,8 @@ Tensors = tuple[Tensor, Tensor, Tensor | None]
 def layout_of(weight: Tensor) -> str:
     """The layout of a packed weight, told by its dtype and shape alone."""
     if weight.dtype == torch.int32:
-        return "plain"
+        # Of 2:4 weights the kernels read 32-bit words.
+        return {4: "triton", 5: "mma.sp"}.get(weight.dim(), "plain")
     return "triton" if weight.dim() > 2 else "cpu"
 
 
@@ -96,17 +98,25 @@ def _to_triton(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     else:
         planes = tiles.unflatten(-1, (fmt.planes, -1))
         weight = pack_planes(planes, fmt.bits)
+    return weight, *tile_scales(scale, zero, fmt, n, k)
+
+
+def tile_scales(scale: Tensor, zero: Tensor | None, fmt: Format, n: int, k: int) -> tuple[Tensor, Tensor | None]:
+    """The scales, and zero points beside them, of the ``triton`` layout; what is left of the packed zero points."""
+    if fmt.number == "float":
+        return scale, None
+    rows, columns = _padded(n, k)
     groups = fmt.groups(columns)
-    scales = _tile_scales(scale, rows, groups)
+    scales = _tile_groups(scale, rows, groups)
     if zero is not None:
         zeros = unpack_bits(zero.t(), fmt.bits, n).t().to(scale.dtype)
-        pairs = torch.stack((scales, _tile_scales(zeros, rows, groups)), dim=-1)
+        pairs = torch.stack((scales, _tile_groups(zeros, rows, groups)), dim=-1)
         # [tiles, blocks, C, 64, 2] -> [tiles, blocks, 64, C, 2]
         scales = pairs.unflatten(1, (-1, fmt.groups_per_block)).transpose(2, 3).flatten(3)
-    return weight, scales.contiguous(), None if zero is None else zero.new_empty(0)
+    return scales.contiguous(), None if zero is None else zero.new_empty(0)
 
 
-def _tile_scales(scale: Tensor, rows: int, groups: int) -> Tensor:
+def _tile_groups(scale: Tensor, rows: int, groups: int) -> Tensor:
     return _pad(scale, rows, groups).view(rows // TILE_N, TILE_N, groups).transpose(1, 2)
 
 
@@ -135,12 +145,19 @@ def _from_triton(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
         tiles = unpack_planes(weight, fmt.bits).flatten(-2)
     codes = tiles.transpose(1, 2).flatten(2).flatten(0, 1)
     words = pack_bits(codes[:n, :k], fmt.bits)
+    return words, *untile_scales(scale, zero, fmt, n, k)
+
+
+def untile_scales(scale: Tensor, zero: Tensor | None, fmt: Format, n: int, k: int) -> tuple[Tensor, Tensor | None]:
+    """The inverse of :func:`tile_scales`."""
+    if fmt.number == "float":
+        return scale, None
     if zero is not None:
         pairs = scale.unflatten(3, (fmt.groups_per_block, 2)).transpose(2, 3).flatten(1, 2)
-        zeros = _untile_scales(pairs[..., 1], fmt, n, k).to(torch.uint8)
+        zeros = _untile_groups(pairs[..., 1], fmt, n, k).to(torch.uint8)
         zero, scale = pack_bits(zeros.t(), fmt.bits).t().contiguous(), pairs[..., 0]
-    return words, _untile_scales(scale, fmt, n, k), zero
+    return _untile_groups(scale, fmt, n, k), zero
 
 
-def _untile_scales(scale: Tensor, fmt: Format, n: int, k: int) -> Tensor:
+def _untile_groups(scale: Tensor, fmt: Format, n: int, k: int) -> Tensor:
     return scale.transpose(1, 2).flatten(0, 1)[:n, : fmt.groups(k)].contiguous()

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from qlinear import cpu
 from qlinear.format import FORMATS, Format
 from qlinear.packing import PackedWeight
+from qlinear.paths import FRAGMENT_TOKENS
 from qlinear.token_ops import linear_in_parts, rounded_linear
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -76,9 +77,11 @@ def _linear_cpu(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Ten
 
 
 def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
+    if packed.layout == "mma.sp":
+        return _linear_fragments(x, packed, bias, dense)
     if packed.layout != "triton":
         return _linear_any(x, packed, bias, dense)
-    if packed.index is not None:
+    if packed.format.block:
         return _linear_blocks(x, packed, bias)
     # Triton is imported where a GPU needs it, so that `import qlinear` works without either.
     from qlinear.kernels.dequantize import linear_tensors
@@ -92,8 +95,25 @@ def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Te
     many = most is not None and flat.shape[0] > most
     if kept and many:
         return _linear_dense(x, dense, bias)
-    multiply = quantized_linear_tensors if fmt.quantized_activations else linear_tensors if many else matmul_tensors
-    return multiply(flat, packed.weight, packed.scale, fmt, n, bias).view(*x.shape[:-1], n)
+    arguments = flat, packed.weight, packed.scale, fmt, n, bias
+    if fmt.quantized_activations:
+        y = quantized_linear_tensors(*arguments)
+    elif many:
+        y = linear_tensors(*arguments, index=packed.index)
+    else:
+        y = matmul_tensors(*arguments, index=packed.index)
+    return y.view(*x.shape[:-1], n)
+
+
+def _linear_fragments(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
+    from qlinear.kernels.mma_sp import fragment_linear_tensors, supports
+    from qlinear.kernels.runtime import target_of
+
+    weight, scale, zero, index = packed.tensors
+    flat, fmt, n = x.reshape(-1, packed.in_features), packed.format, packed.out_features
+    if flat.shape[0] > FRAGMENT_TOKENS or not supports(fmt, x.dtype, scale.dtype, target_of(x.device)):
+        return _linear_any(x, packed, bias, dense)
+    return fragment_linear_tensors(flat, weight, scale, zero, index, fmt, n, bias).view(*x.shape[:-1], n)
 
 
 def _linear_blocks(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -123,7 +143,7 @@ def _dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def _dequantize_cuda(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    if packed.layout != "triton" or packed.index is not None:
+    if packed.layout != "triton" or packed.format.block:
         return _dequantize(packed, dtype)
     from qlinear.kernels.dequantize import dequantize
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlinear import layout as layouts
-from qlinear import sparse, sparse_layout
+from qlinear import layout24, sparse, sparse_layout
 from qlinear.bits import pack_bits, unpack_bits
 from qlinear.format import Format, Scheme
 from qlinear.quantize import Codes, quantize
@@ -28,7 +28,7 @@ class PackedWeight:
     - ``triton``: what the GPU kernels read. - ``cpu``: what PyTorch's packed CPU operators read.
 
     A sparse format stores the kept weights only, and ``index`` says where they belong: see :mod:`qlinear.sparse`.
-    Blocks have a layout of their own for the GPU kernels; everything else sparse is plain on every device.
+    Blocks and 2:4 weights have GPU layouts of their own; everything else sparse is plain on every device.
     """
 
     weight: Tensor
@@ -84,11 +84,17 @@ class PackedWeight:
         """The same weight in another layout; exact in both directions. None: the one this device computes with.
 
         Raises:
-            ValueError: the layout's name is not one of ``plain``, ``triton``, ``cpu``.
+            ValueError: the layout's name is not one of ``plain``, ``triton``, ``cpu``, ``mma.sp``; or it is the last
+                and the weight is not 2:4.
         """
         target = layout or layouts.native_layout(self.device)
         if target not in layouts.LAYOUTS:
             raise ValueError(f"layout {target!r} does not exist; the layouts are: {', '.join(layouts.LAYOUTS)}")
+        if self.format.sparsity == "2:4":
+            moved = layout24.convert(self.tensors, target, self.format, self.out_features, self.in_features)
+            return replace(self, weight=moved[0], scale=moved[1], zero_point=moved[2], index=moved[3])
+        if target == "mma.sp":
+            raise ValueError(f"layout 'mma.sp' is for 2:4 weights, got {self.format}")
         if self.index is not None:
             weight, scale, index = sparse_layout.convert(
                 self.weight, self.scale, self.index, target, self.format, self.out_features

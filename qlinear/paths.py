@@ -11,6 +11,8 @@ from qlinear.format import Format
 
 #: Tokens up to which the crossover between two paths is looked for.
 _MOST_TOKENS = 4096
+#: Tokens up to which the layout ``mma.sp`` is multiplied as it is; from 17 on the weight is read again for every 16.
+FRAGMENT_TOKENS = 128
 
 
 def path(
@@ -38,7 +40,7 @@ def _few_tokens(
     """The most tokens that are multiplied by the packed weight itself; None: any number."""
     if device.type == "cpu":
         return cpu.few_tokens(fmt, dtype, layout) if kept else None
-    if layout != "triton" or fmt.sparsity:
+    if layout != "triton" or fmt.sparsity not in (None, "2:4"):
         return 0 if kept and layout != "triton" else None
     from qlinear.kernels.tuned import fused_tokens_on
 
@@ -53,6 +55,8 @@ def _path(
         return "F.linear on the kept copy", f"more than {few} tokens" if few else "no faster way in this dtype"
     if kind == "cpu":
         return cpu.path(fmt, dtype, tokens, layout, k)
+    if layout == "mma.sp" and tokens <= FRAGMENT_TOKENS and dtype != torch.float32:
+        return "Triton mma.sp (unverified)", "asked for by layout: sparse tensor cores, no GPU has run it yet"
     if layout != "triton":
         return "dequantize + F.linear", f"no kernel reads the {layout} layout on {kind}"
     if fmt.block:

@@ -1,7 +1,7 @@
-"""An evaluator of the few PTX instructions that the decoders use: inline PTX is tested where there is no GPU.
+"""An evaluator of the few PTX instructions that the kernels use: inline PTX is tested where there is no GPU.
 
 Registers are numpy arrays of uint32: one lane for each pair of 16-bit words. Semantics are those of the PTX ISA
-manual.
+manual; ``mma.sp`` is in tests/sparse_mma.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 _MASK = np.uint32(0xFFFFFFFF)
@@ -48,7 +49,8 @@ def evaluate(text: str, constraints: str, *inputs: np.ndarray) -> list[np.ndarra
     """
     outputs = constraints.count("=")
     registers: dict[str, np.ndarray] = {f"${outputs + i}": value.astype(np.uint32) for i, value in enumerate(inputs)}
-    for statement in text.strip().strip("{}").split(";"):
+    text = text.strip()
+    for statement in (text[1:-1] if text.startswith("{") else text).split(";"):
         statement = statement.strip()
         if not statement or statement.startswith(".reg"):
             continue
@@ -73,8 +75,10 @@ def _execute(op: str, sources: list[np.ndarray]) -> np.ndarray:
         return sources[0] & sources[1]
     if op == "mov.b32":
         return sources[0]
-    if op == "fma.rn.bf16x2":
-        return _fma_bf16x2(*sources)
+    if op == "mul.lo.u32":
+        return sources[0] * sources[1]
+    if op in ("add.f16x2", "fma.rn.f16x2", "fma.rn.bf16x2"):
+        return _halves(op, sources)
     if op == "lop3.b32":
         return _lop3(*sources)
     if op == "prmt.b32":
@@ -91,31 +95,66 @@ def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.
     return result & _MASK
 
 
+def _halves(op: str, sources: list[np.ndarray]) -> np.ndarray:
+    """``a + b`` or ``a * b + c`` of both numbers of a register, rounded once."""
+    dtype = torch.bfloat16 if op.endswith("bf16x2") else torch.float16
+    lanes = np.broadcast_arrays(*sources)
+    numbers = [torch.from_numpy(lane.astype(np.uint32).view(np.int16)).view(dtype).double() for lane in lanes]
+    result = numbers[0] + numbers[1] if op.startswith("add") else numbers[0] * numbers[1] + numbers[2]
+    # Numbers as small as codes are exact in float32, so that they are rounded once.
+    return result.to(dtype).view(torch.int16).numpy().view(np.uint32)
+
+
 def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """Byte ``i`` of the result is the byte of ``(b, a)`` that nibble ``i`` of the selector names.
 
     The highest bit of a nibble asks for the byte's sign, eight times.
     """
-    pool = [(source >> np.uint32(8 * i)) & np.uint32(0xFF) for source in (a, b) for i in range(4)]
-    result = np.zeros_like(a)
+    pool = np.stack(
+        np.broadcast_arrays(*[(source >> np.uint32(8 * i)) & np.uint32(0xFF) for source in (a, b) for i in range(4)])
+    )
+    result = np.zeros_like(pool[0])
     for i in range(4):
-        nibble = int(selector) >> (4 * i) & 0xF
-        byte = pool[nibble & 7]
-        if nibble & 8:
-            byte = (byte >> np.uint32(7)) * np.uint32(0xFF)
+        nibble = np.broadcast_to((selector >> np.uint32(4 * i)) & np.uint32(0xF), result.shape)
+        byte = np.take_along_axis(pool, (nibble & 7)[None].astype(np.int64), 0)[0]
+        byte = np.where(nibble & 8, (byte >> np.uint32(7)) * np.uint32(0xFF), byte)
         result = result | (byte << np.uint32(8 * i))
     return result
 
 
-def _fma_bf16x2(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """``a * b + c`` of both halves, rounded once, subnormals as they are.
+def interpret_inline_ptx(monkeypatch: pytest.MonkeyPatch, run: Any = None) -> None:
+    """Lets Triton's interpreter run inline PTX by :func:`evaluate`; ``run(text, registers)`` has what is not for that.
 
-    float64 holds the product of two bfloat16 and, where c is zero, the sum; torch rounds it to bfloat16.
+    As Triton does, ``pack`` neighbours of every operand are in registers that follow each other.
     """
-    result = np.zeros(np.broadcast(a, b, c).shape, dtype=np.uint32)
-    for shift in (np.uint32(0), np.uint32(16)):
-        x, y, z = (((t >> shift) << np.uint32(16)).view(np.float32).astype(np.float64) for t in (a, b, c))
-        assert not z.any(), "a sum that needs more bits than float64 has"
-        half = torch.from_numpy(np.asarray(x * y + z)).to(torch.bfloat16).view(torch.int16)
-        result |= half.numpy().view(np.uint16).astype(np.uint32) << shift
-    return result
+    from triton.runtime import interpreter
+
+    class Results:
+        def __init__(self, handles: list[Any]) -> None:
+            self.handles = handles
+
+        def get_result(self, index: int) -> Any:
+            return self.handles[index]
+
+    def create_inline_asm(
+        self: Any, text: str, constraints: str, values: list[Any], types: list[Any], is_pure: bool, pack: int
+    ) -> Results:
+        shape = values[0].data.shape
+        registers: list[np.ndarray] = []
+        for value in values:
+            flat = np.ascontiguousarray(value.data).reshape(-1, pack)
+            registers += list(flat.view(np.uint32).T)
+        outputs = run(text, registers) if run is not None else None
+        if outputs is None:
+            outputs = evaluate(text, constraints, *registers)
+        handles = []
+        for result in types:
+            kind = result.scalar if hasattr(result, "scalar") else result
+            count = pack * kind.primitive_bitwidth // 32
+            parts, outputs = outputs[:count], outputs[count:]
+            numbers = np.stack(np.broadcast_arrays(*parts), -1).astype(np.uint32)
+            kinds = {"fp32": np.float32, "int32": np.int32, "int16": np.int16, "fp16": np.float16}
+            handles.append(interpreter.TensorHandle(numbers.view(kinds[str(kind)]).reshape(shape), kind))
+        return Results(handles)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import ROOT
 
-from bench import gpu, gpu_checks, gpu_model, gpu_ptx, gpu_speed, gpu_summary, gpu_tools, gpu_tuned
+from bench import gpu, gpu_checks, gpu_model, gpu_ptx, gpu_sparse, gpu_speed, gpu_summary, gpu_tools, gpu_tuned
 from bench.gpu import Stage
 from bench.gpu_job import Job, Result, Sizes
 from bench.gpu_warm import Case, distinct, run_case, warm
@@ -346,3 +346,15 @@ def test_the_summary_shows_what_failed_and_what_was_measured(tmp_path: Path) -> 
         assert wanted in text, wanted
     assert not gpu.good(results) and gpu.good({"a": {}}, [Stage("a", 1, "")])
     assert gpu.describe(results["numerics"]) == "20 FAILED, 0 rows, late"
+
+
+def test_sparse(device: torch.device) -> None:
+    """2:4 in the layouts that this device has, against float64, and a time of each."""
+    result = gpu_sparse.sparse(job(device))
+    assert result["failed"] == [] and result["left_out"] == []
+    layouts = set(gpu_sparse.layouts(job(device)))
+    assert {(r["scheme"], r["layout"]) for r in result["rows"]} == {(s, x) for s in gpu_sparse.SCHEMES for x in layouts}
+    assert [t["m"] for t in result["times"]] == [1, 8, 16] and json.dumps(result)
+    assert all(us > 0 for t in result["times"] for us in t["us"].values())
+    late = gpu_sparse.sparse(job(device, deadline=time.monotonic()))
+    assert late["rows"] == [] and len(late["left_out"]) == 2 * len(gpu_sparse.SCHEMES) + 3

@@ -90,6 +90,19 @@ def jobs() -> list[Job]:
             # One warp, a row in one block, a row in several.
             result += [Job("quantize", target, dtype, options={"in_features": k}) for k in (200, 4096, 14336)]
             result.append(Job("quantize", target, dtype, options={"in_features": 4096, "norm": True}))
+        result += _sparse_jobs(target)
+    return result
+
+
+def _sparse_jobs(target: Capability) -> list[Job]:
+    """2:4 weights: one kernel of each format and dtype, another one on every target."""
+    result = []
+    formats = [fmt for fmt in FORMATS.values() if fmt.sparsity == "2:4"]
+    for i, fmt in enumerate(formats):
+        dtype = list(DTYPES)[(i + TARGETS.index(target)) % len(DTYPES)]
+        configs = list(shipped_configs(fmt, DTYPES[dtype], target))
+        result.append(Job("matmul", target, dtype, fmt, configs[i % len(configs)]))
+    result.append(Job("dequantize", target, "fp16", formats[TARGETS.index(target) % len(formats)]))
     return result
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from ptx import evaluate, inline_ptx
+from ptx import evaluate, inline_ptx, interpret_inline_ptx
 
 from bench.gpu_ptx import decode
 from qlinear.kernels.decode import DECODERS
@@ -109,7 +108,7 @@ def test_plain_twin_decodes_every_word(packing, offset, dtype, device):
 def test_ptx_decoder_equals_its_twin(packing, offset, device, monkeypatch):
     """The whole decoder in fp16: inline PTX is evaluated by tests/ptx.py, or by the GPU where there is one."""
     if device.type == "cpu":
-        _interpret_inline_ptx(monkeypatch)
+        interpret_inline_ptx(monkeypatch)
     twin = _decode(packing, device, torch.float16, offset, ptx=False)
     assert torch.equal(_decode(packing, device, torch.float16, offset, ptx=torch.version.hip is None), twin)
 
@@ -119,23 +118,3 @@ def test_ptx_decoder_equals_its_twin(packing, offset, device, monkeypatch):
 def test_ptx_decoder_equals_its_twin_in_bf16(packing, offset, device):
     twin = _decode(packing, device, torch.bfloat16, offset, ptx=False)
     assert torch.equal(_decode(packing, device, torch.bfloat16, offset, ptx=torch.version.hip is None), twin)
-
-
-def _interpret_inline_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime import interpreter
-
-    class Results:
-        def __init__(self, handles: list[object]) -> None:
-            self.handles = handles
-
-        def get_result(self, index: int) -> object:
-            return self.handles[index]
-
-    def create_inline_asm(self, text, constraints, values, types, is_pure, pack):
-        assert pack == 2
-        words = values[0].data
-        outputs = evaluate(text, constraints, words.reshape(-1).view(np.uint32))
-        halves = [output.view(np.float16).reshape(words.shape) for output in outputs]
-        return Results([interpreter.TensorHandle(half, tl.float16) for half in halves])
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)

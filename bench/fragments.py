@@ -1,0 +1,186 @@
+"""The kernel on sparse tensor cores in the audit: what its code costs, and what it moves through the L2 cache.
+
+Run as a program this file is the worker: Triton cannot compile in a process that interprets.
+
+It loads through registers, a step ahead, and no copy or product tells how it is unrolled but the sparse ones, which
+skip half of what they multiply: so it is counted apart from the other kernels (see :mod:`bench.audit`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import sass
+from bench.cubins import DTYPES, disassemble
+from bench.predict import weight_bytes
+from bench.problems import Problem
+from qlinear.format import FORMATS, Format
+from qlinear.kernels.configs import Config
+from qlinear.machines import MACHINES, arch_name
+from qlinear.tables import table
+
+#: Issue slots per dense weight, and bytes through the L2 cache per byte of the weight, for at most 16 tokens (issue 4).
+SLOTS, L2 = 2.2, 1.5
+#: Tiles of 16 rows that share one fragment of x in the registers of a warp.
+SHARING_TILES = 8
+SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity == "2:4")
+#: Columns of K that a sparse product multiplies; each warp has SHARING_TILES of them for every 8 tokens.
+_MMA_K = 32
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """What the machine code of one kernel says; bytes are of one program."""
+
+    scheme: str
+    dtype: str
+    arch: str
+    config: str
+    slots_per_weight: float
+    registers: int
+    spills: int
+    shared: int
+    matrix_kinds: list[str]
+    #: Loads of an iteration, those whose numbers are used in the same one, and instructions until one is waited for.
+    loads: int
+    loads_consumed: int
+    load_distance: int | None
+    #: Changes of layout in the loop's TTGIR, which would move numbers between threads.
+    conversions: int
+    bytes_in_flight: int
+
+    def __str__(self) -> str:
+        return f"{self.scheme}-{self.dtype}-{self.arch}-{self.config} (mma.sp)"
+
+
+#: scheme, dtype, capability, configuration
+Job = tuple[str, str, tuple[int, int], Config]
+
+
+def read_all(jobs: Sequence[Job]) -> list[Fragments]:
+    """Compiles the kernels in a process of its own, and counts their loops.
+
+    Raises:
+        RuntimeError: one does not compile.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    asked = json.dumps([(scheme, dtype, cap, asdict(config)) for scheme, dtype, cap, config in jobs])
+    command = [sys.executable, "-m", "bench.fragments"]
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"a kernel on sparse tensor cores does not compile: {done.stderr[-2000:]}")
+    return [Fragments(**fields) for fields in json.loads(done.stdout)]
+
+
+def read(scheme: str, dtype: str, capability: tuple[int, int], config: Config) -> Fragments:
+    """Compiles one kernel, in a process that does not interpret, and counts its loop."""
+    from qlinear.kernels.compile import compile_fragments, usage
+
+    fmt = FORMATS[scheme]
+    compiled = compile_fragments(fmt, DTYPES[dtype], config, capability)
+    (program,) = disassemble([compiled.asm["cubin"]], capability)
+    loop, used = hot_loop(program), usage(compiled)
+    slots, unroll = slots_per_weight(loop, fmt, config)
+    # Of a step: a tile's words and metadata, 128 rows to a warp.
+    step = config.num_warps * 128 * _MMA_K * fmt.planes // 128 * fmt.block_bytes
+    return Fragments(
+        scheme, dtype, arch_name(capability), str(config).rpartition("-k")[0], slots, used.registers, used.spilled,
+        used.shared, loop.matrix_kinds, loop.classes["load"], len(loop.loads_consumed()), loop.shortest_load(),
+        conversions(compiled.asm["ttgir"]), step * unroll,
+    )  # fmt: skip
+
+
+def conversions(ttgir: str) -> int:
+    """Changes of layout and trips through shared memory in the first loop of a kernel, which is the one along K."""
+    found = re.search(r"^( *)[^\n]*scf\.for .*?^\1\}", ttgir, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise ValueError("the kernel has no loop")
+    return len(re.findall(r"ttg\.(?:convert_layout|local_load|local_store|local_alloc)", found[0]))
+
+
+def hot_loop(program: Sequence[sass.Instruction]) -> sass.Loop:
+    """The loop along K: the shortest with sparse products.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [loop for loop in sass.loops(program) if any("MMA.SP" in i.opcode for i in loop.body)]
+    if not found:
+        raise ValueError("no loop of this program holds sparse products")
+    return min(found, key=lambda loop: len(loop.body))
+
+
+def slots_per_weight(loop: sass.Loop, fmt: Format, config: Config) -> tuple[float, int]:
+    """Instructions per dense weight, and the steps along K of one iteration."""
+    products = sum("MMA.SP" in i.opcode for i in loop.body)
+    per_step = SHARING_TILES * config.block_m // 8 * fmt.planes
+    unroll = products // per_step
+    if unroll * per_step != products:
+        raise ValueError(f"an iteration has {products} sparse products, a step {per_step}")
+    return len(loop.body) * 32 / (128 * _MMA_K * fmt.planes * unroll), unroll
+
+
+def l2_per_weight_byte(problem: Problem, fmt: Format, config: Config) -> float:
+    """Bytes through the L2 cache per byte of the weight: that, x for every tile of rows, partial sums both ways, y."""
+    _, _, m, n, k = problem
+    weight = weight_bytes(fmt, n, k)
+    tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
+    partials = 8 * m * n * config.split_k if config.split_k > 1 else 0
+    return (weight * tiles_m + 2 * m * k * tiles_n + partials + 2 * m * n) / weight
+
+
+def report(archs: Sequence[str], schemes: Sequence[str], problems: Iterable[Problem]) -> tuple[str, dict[str, Any]]:
+    """Kernels, and the L2 traffic of every problem of at most 16 tokens: as text and as data."""
+    from qlinear.kernels.mma_sp import choose_fragment_config, shipped_fragment_configs
+
+    capabilities = [m.capability for m in MACHINES.values() if m.arch in archs and m.capability[0] < 10]
+    jobs = [
+        (scheme, dtype, capability, config)
+        for capability in dict.fromkeys(capabilities)
+        for scheme in schemes
+        if scheme in SCHEMES
+        for dtype in DTYPES
+        for config in shipped_fragment_configs()
+    ]
+    kernels = read_all(jobs) if jobs else []
+    if not kernels:
+        return "", {"kernels": [], "traffic": []}
+    rows = [
+        (str(k), f"{k.slots_per_weight:.2f}", str(k.registers), str(k.spills), f"{k.bytes_in_flight // 1024}K",
+         str(k.loads), str(k.loads_consumed), str(k.load_distance))
+        for k in kernels
+    ]  # fmt: skip
+    traffic = []
+    for problem in problems:
+        if problem.m <= 16:
+            for scheme in {k.scheme for k in kernels}:
+                config = choose_fragment_config(problem.m, problem.n, problem.k, FORMATS[scheme], 132)
+                l2 = l2_per_weight_byte(problem, FORMATS[scheme], config)
+                shape = {"scheme": scheme, "M": problem.m, "N": problem.n, "K": problem.k}
+                traffic.append(shape | {"config": str(config), "l2_bytes_per_weight_byte": l2})
+    header = ("sparse tensor cores (unverified)", "slots", "regs", "spill", "flight", "LDG", "now", "after")
+    text = table(header, rows, right=range(1, 8))
+    over = [
+        f"{k}: {k.slots_per_weight:.2f} slots per weight, not {SLOTS}" for k in kernels if k.slots_per_weight > SLOTS
+    ]
+    return "\n".join([text, *over]), {"kernels": [asdict(k) for k in kernels], "traffic": traffic}
+
+
+def _work() -> None:
+    asked = json.load(sys.stdin)
+    read_ = [read(scheme, dtype, tuple(cap), Config(**config)) for scheme, dtype, cap, config in asked]
+    print(json.dumps([asdict(kernel) for kernel in read_]))
+
+
+if __name__ == "__main__":
+    _work()

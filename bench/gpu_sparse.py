@@ -1,0 +1,116 @@
+"""2:4 weights on this device: are both paths right, and which is faster, beside dense int4 and what PyTorch has.
+
+This decides whether the kernel on sparse tensor cores may become the default: so far no GPU has run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import peers
+from bench.gpu_checks import error_of, random_tokens
+from bench.gpu_job import Job, Result, dtype_name
+from bench.sides import Side, Unavailable, float_side, packed_side
+from bench.timing import in_turns
+from qlinear import ops
+from qlinear.format import FORMATS
+from qlinear.kernels.graphs import replayed
+from qlinear.packing import PackedWeight, pack
+
+SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity == "2:4")
+#: Tokens of both tiles of the kernel on sparse tensor cores, and more than one tile of them.
+TOKENS = (1, 8, 16, 33)
+
+
+def pruned(scheme: str, n: int, k: int, dtype: torch.dtype, device: torch.device) -> PackedWeight:
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(n, k, generator=generator, device=device).to(dtype)
+    return pack(weight, scheme, layout="triton", prune="magnitude")
+
+
+def layouts(job: Job) -> tuple[str, ...]:
+    """``mma.sp`` is for NVIDIA's GPUs."""
+    return ("triton", "mma.sp") if job.on_gpu and torch.version.hip is None else ("triton",)
+
+
+def sparse(job: Job) -> Result:
+    """Both layouts against float64, then their times on a layer of ``sizes.launch``."""
+    result: Result = {"rows": [], "times": [], "failed": [], "left_out": []}
+    for dtype in (d for d in job.sizes.dtypes if d != torch.float32):
+        for scheme in SCHEMES:
+            if job.left < 3:
+                result["left_out"].append(f"{scheme} {dtype_name(dtype)}")
+                continue
+            result["rows"] += _numerics(scheme, dtype, job)
+            result["failed"] = [
+                f"{r['scheme']} {r['layout']} {r['dtype']} M = {r['m']}: {r['problem']}"
+                for r in result["rows"]
+                if not r["ok"]
+            ]
+            job.save(result)
+    for m in TOKENS[:3]:
+        if job.left < 3:
+            result["left_out"].append(f"times of {m} tokens")
+            continue
+        result["times"].append(_times(m, job))
+        job.save(result)
+    return result
+
+
+def _say(row: Result) -> str:
+    return f"{row['scheme']} {row['layout']} {row['dtype']} M = {row['m']}: {row['problem']}"
+
+
+def _numerics(scheme: str, dtype: torch.dtype, job: Job) -> list[Result]:
+    n, k = job.sizes.odd
+    packed = pruned(scheme, n, k, dtype, job.device)
+    dense = packed.dequantize(torch.float64)
+    rows = []
+    for layout in layouts(job):
+        p = packed.to_layout(layout)
+        for m in TOKENS:
+            x = random_tokens(m, k, dtype, job.device)
+            row = {"scheme": scheme, "layout": layout, "dtype": dtype_name(dtype), "m": m, "n": n, "k": k}
+            found = error_of(partial(_product, x, p), x.double() @ dense.t(), packed.format.max_error(dtype))
+            rows.append(row | found)
+    return rows
+
+
+def _product(x: Tensor, p: PackedWeight) -> Tensor:
+    if p.device.type == "cpu":
+        from qlinear.kernels.matmul import matmul
+
+        return matmul(x, p)
+    return ops.linear(x, p)
+
+
+def _times(m: int, job: Job) -> Result:
+    """Microseconds in fp16 with a cold cache; what cannot be done here says why."""
+    (n, k), dtype = job.sizes.launch, torch.float16
+    x = random_tokens(m, k, dtype, job.device)
+    weight = torch.randn(n, k, device=job.device).to(dtype)
+    made: dict[str, Side] = {"F.linear float16": float_side(weight)}
+    for scheme in (*SCHEMES, "w4a16", "w8a16"):
+        fmt = FORMATS[scheme]
+        packed = pack(weight, scheme, layout="triton", prune=None if fmt.sparsity is None else "magnitude")
+        for layout in layouts(job) if fmt.sparsity else ("triton",):
+            made[f"{scheme} {layout}"] = packed_side(packed.to_layout(layout))
+    row: Result = {"m": m, "n": n, "k": k, "left_out": {}}
+    try:
+        made["semi-structured"] = peers.make("semi-structured", weight, FORMATS["w16a16-2:4"], 2)
+    except Unavailable as reason:
+        row["left_out"]["semi-structured"] = str(reason)
+    calls: dict[str, list[Callable[[], Any]]] = {
+        name: [partial(call, x) for call in side.calls] for name, side in made.items()
+    }
+    if job.on_gpu:
+        times = replayed(calls, 5, job.sizes.seconds, job.device)
+    else:
+        # Without a GPU the operators of 2:4 weights are other ones: only that a time is taken can be seen.
+        times = in_turns({"F.linear float16": calls["F.linear float16"][0]}, 0.0)
+    return row | {"us": {name: seconds * 1e6 for name, seconds in times.items()}}
