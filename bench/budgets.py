@@ -52,9 +52,10 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-block64": Slots(3.63, 3.92),
         "w8a16-block64": Slots(3.03, 3.84),
         "w16a16-block64": Slots(1.57, 1.57),
-        "w4a16-2:4": Slots(3.36, 3.63),
-        "w4a16-asym-2:4": Slots(3.38, 3.64),
-        "w8a16-2:4": Slots(4.18, 4.92),
+        # Per dense weight, expanded.
+        "w4a16-2:4": Slots(2.98, 3.25),
+        "w4a16-asym-2:4": Slots(3.12, 3.38),
+        "w8a16-2:4": Slots(3.79, 4.57),
         "w16a16-2:4": Slots(7.55, 7.55),
     },
     "sm_80": {
@@ -79,6 +80,11 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-block64": Slots(3.63, 3.92),
         "w8a16-block64": Slots(3.01, 3.77),
         "w16a16-block64": Slots(1.67, 1.67),
+        # Per dense weight, expanded.
+        "w4a16-2:4": Slots(3.75, 4.04),
+        "w4a16-asym-2:4": Slots(3.81, 4.17),
+        "w8a16-2:4": Slots(4.58, 5.34),
+        "w16a16-2:4": Slots(7.75, 7.75),
     },
     "sm_89": {
         "w8a8": Slots(0.63, 0.63),
@@ -102,6 +108,11 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-block64": Slots(3.64, 3.93),
         "w8a16-block64": Slots(3.06, 3.72),
         "w16a16-block64": Slots(1.67, 1.67),
+        # Per dense weight, expanded.
+        "w4a16-2:4": Slots(3.76, 4.00),
+        "w4a16-asym-2:4": Slots(3.81, 4.17),
+        "w8a16-2:4": Slots(4.58, 5.24),
+        "w16a16-2:4": Slots(7.65, 7.65),
     },
     "sm_100": {
         "w8a8": Slots(0.69, 0.69),
@@ -125,6 +136,11 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-block64": Slots(3.64, 4.01),
         "w8a16-block64": Slots(3.04, 3.69),
         "w16a16-block64": Slots(1.53, 1.53),
+        # Per dense weight, expanded.
+        "w4a16-2:4": Slots(3.45, 3.69),
+        "w4a16-asym-2:4": Slots(3.48, 3.74),
+        "w8a16-2:4": Slots(4.08, 4.87),
+        "w16a16-2:4": Slots(7.56, 7.56),
     },
 }
 #: Of the integer pipe per int4 weight: it takes half as many instructions a clock as are issued, 3.5 / 2 = 1.75.
@@ -147,6 +163,10 @@ _PARTIALS_NOW = {
     "w4a16-channel-asym": 0.25,
     "w4a8": 0.24,
     "w4a8-channel": 0.25,
+    # Fewer bytes of weight, and as many of everything else.
+    "w4a16-2:4": 0.32,
+    "w4a16-asym-2:4": 0.31,
+    "w8a16-2:4": 0.20,
 }
 #: Over budget today. The test wants this list to be exact: what is mended leaves it, and nothing joins it unseen.
 KNOWN: tuple[str, ...] = (
@@ -168,6 +188,24 @@ KNOWN: tuple[str, ...] = (
         for scheme, share in _PARTIALS_NOW.items()
         for dtype in ("fp16", "bf16")
     ),
+    *(
+        f"{scheme}-{dtype}-sm_90-16x256-w4-s4: x is read again for {share} bytes per weight byte, not {REREAD} "
+        "(16 x 4096 x 4096)"
+        for scheme, share in (("w4a16-2:4", 0.32), ("w4a16-asym-2:4", 0.31))
+        for dtype in ("fp16", "bf16")
+    ),
+    # Codes are put in their places by integer instructions: what they take is 1.3 times what the memory takes.
+    *(
+        f"w4a16-{kernel}-w4-s4: {count} integer instructions per weight, not {INTEGER_PER_INT4}"
+        for kernel, count in (
+            *(("2:4-fp16-sm_90-8x256", "1.90"), ("2:4-fp16-sm_90-16x256", 1.82)),
+            *(("2:4-bf16-sm_90-8x256", 2.22), ("2:4-bf16-sm_90-16x256", 2.11)),
+            *(("asym-2:4-fp16-sm_90-8x256", 1.89), ("asym-2:4-fp16-sm_90-16x256", 1.84)),
+            *(("asym-2:4-bf16-sm_90-8x256", "2.20"), ("asym-2:4-bf16-sm_90-16x256", 2.12)),
+        )
+    ),
+    "w4a16-2:4-fp16-sm_80-8x128-w4-s4: 1 loads are waited for in their own iteration",
+    "w4a16-2:4-bf16-sm_89-8x128-w4-s4: 1 loads are waited for in their own iteration",
 )
 
 

@@ -63,11 +63,15 @@ VARIANTS: tuple[tuple[str, str, dict[str, object]], ...] = (
 FLOAT8_VARIANTS = VARIANTS[-2:]
 
 
+#: What the loop of matmul.py multiplies.
+FUSED = [fmt for fmt in FORMATS.values() if fmt.sparsity in (None, "2:4")]
+
+
 def jobs() -> list[Job]:
     result = []
     for target in FLOAT8_TARGETS:
         for dtype in DTYPES:
-            for fmt in DENSE.values():
+            for fmt in FUSED:
                 if target not in TARGETS and (fmt.number != "e4m3" or dtype != "bf16"):
                     continue
                 configs = shipped_configs(fmt, DTYPES[dtype], target)
@@ -85,24 +89,12 @@ def jobs() -> list[Job]:
         for k in (200, 14336):
             result.append(Job("quantize", target, "bf16", options={"in_features": k, "number": "e4m3"}))
         for dtype in DTYPES if target in TARGETS else ():
-            result.append(Job("dequantize", target, dtype, DENSE["w8a16-fp8"]))
+            names = ("w8a16-fp8", "w4a16-asym-2:4", "w16a16-2:4")
+            result += [Job("dequantize", target, dtype, FORMATS[name]) for name in names]
             result += [Job("dequantize", target, dtype, DENSE[name]) for name in ("w8a8", "w8a16-g32", "w4a16-asym")]
             # One warp, a row in one block, a row in several.
             result += [Job("quantize", target, dtype, options={"in_features": k}) for k in (200, 4096, 14336)]
             result.append(Job("quantize", target, dtype, options={"in_features": 4096, "norm": True}))
-        result += _sparse_jobs(target)
-    return result
-
-
-def _sparse_jobs(target: Capability) -> list[Job]:
-    """2:4 weights: one kernel of each format and dtype, another one on every target."""
-    result = []
-    formats = [fmt for fmt in FORMATS.values() if fmt.sparsity == "2:4"]
-    for i, fmt in enumerate(formats):
-        dtype = list(DTYPES)[(i + TARGETS.index(target)) % len(DTYPES)]
-        configs = list(shipped_configs(fmt, DTYPES[dtype], target))
-        result.append(Job("matmul", target, dtype, fmt, configs[i % len(configs)]))
-    result.append(Job("dequantize", target, "fp16", formats[TARGETS.index(target) % len(formats)]))
     return result
 
 
