@@ -67,16 +67,18 @@ def _matmul_kernel(
     offs_k = tl.arange(0, SPAN)
 
     # The tiles of a program lie within 2**31 words: 64-bit arithmetic is left to one address for all threads.
-    tile_rows = blocks * TILE_ROWS
+    # Multiplied out: with a common factor taken out ptxas spills w8a16 on sm_100 and waits for loads elsewhere.
+    tile_words = blocks * (TILE_ROWS * WORDS)
     first_tile, last_tile = pid_n * (BLOCK_N // TILE_ROWS), tl.cdiv(N, TILE_ROWS) - 1
-    before = first_tile.to(tl.int64) * tile_rows + first * TILE_ROWS
+    w_base = w_ptr + first_tile.to(tl.int64) * tile_words + first * (TILE_ROWS * WORDS)
     row = tl.arange(0, BLOCK_N)
-    rows = (tl.minimum(row // TILE_ROWS, last_tile - first_tile) * tile_rows + row % TILE_ROWS)[:, None]
-    w_base = w_ptr + before * WORDS
-    w_offs = rows * WORDS + tl.arange(0, WORDS if PLANES >= COUNT else 128 // COUNT)[None, :]
+    tile_of_row = tl.minimum(row // TILE_ROWS, last_tile - first_tile)
+    w_offs = tile_of_row * tile_words + row % TILE_ROWS * WORDS
+    w_offs = w_offs[:, None] + tl.arange(0, WORDS if PLANES >= COUNT else 128 // COUNT)[None, :]
     if index_ptr is not None:
-        i_base = index_ptr + before * 4
-        i_offs = rows * 4 + tl.arange(0, 4)[None, :]
+        i_words = blocks * (TILE_ROWS * 4)
+        i_base = index_ptr + first_tile.to(tl.int64) * i_words + first * (TILE_ROWS * 4)
+        i_offs = (tile_of_row * i_words + row % TILE_ROWS * 4)[:, None] + tl.arange(0, 4)[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + first * 128 + offs_k[:, None]
     x_mask = (offs_m < M)[None, :]
     scales = ()
