@@ -116,6 +116,27 @@ def test_sparsegpt_is_the_explicit_inverse_hessian_update(pattern: str, block: i
     torch.testing.assert_close(single.double(), want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 0.25])
+def test_prune_shrinks_correlations_and_then_sweeps(shrinkage: float) -> None:
+    x, layer = inputs(48), linear(16, 48)
+    hessian, weight = x.double().t() @ x.double(), layer.weight.detach().double()
+    shrunk = hessian * (1 - shrinkage) + hessian.diagonal().diag() * shrinkage
+    want = explicit_sparsegpt(weight, shrunk, Pattern.parse("2:4"), 0.5, 48, 0.01, None)
+    qlinear.prune(layer, "sparsegpt", None, "2:4", [x[:300], x[300:]], shrinkage=shrinkage)
+    torch.testing.assert_close(layer.weight.detach().double(), want, rtol=1e-3, atol=1e-4)
+
+
+def test_shrinkage_goes_from_sparsegpt_to_wanda() -> None:
+    x = inputs(48)
+    layers = {share: linear(16, 48) for share in (0.0, 1 - 1e-6)}
+    for share, layer in layers.items():
+        qlinear.prune(layer, "sparsegpt", None, "2:4", [x], shrinkage=share, damping=1e-6)
+    wanda = linear(16, 48)
+    qlinear.prune(wanda, "wanda", None, "2:4", [x])
+    torch.testing.assert_close(layers[1 - 1e-6].weight, wanda.weight, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(layers[0.0].weight == 0, wanda.weight == 0)
+
+
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-g32-asym", "w4a16-channel", "w8a16-g32"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_sparsegpt_with_rounding_is_the_explicit_update(pattern: str, scheme: str) -> None:

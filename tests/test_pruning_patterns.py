@@ -218,6 +218,7 @@ def test_a_failure_leaves_the_model_as_it_was(method: str, monkeypatch: pytest.M
         ({"loss": print}, "loss"),
         ({"scheme": "w4a16"}, "sweep"),
         ({"method": "sparsegpt", "calibration": [1], "damping": 0}, "damping"),
+        ({"method": "sparsegpt", "calibration": [1], "shrinkage": 1}, "shrinkage"),
         ({"method": "sparsegpt", "calibration": [1], "scheme": "w3a16"}, "schemes are"),
         ({"method": "sparsegpt", "calibration": [1], "scheme": "fp8"}, "does not store integers"),
         ({"pattern": "neurons", "sparsity": 0.001}, "can be removed"),

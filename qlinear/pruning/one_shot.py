@@ -17,7 +17,7 @@ from qlinear.pruning import blocks, scores, select, structured
 from qlinear.pruning.calibration import evaluating, through_model
 from qlinear.pruning.patterns import Pattern
 from qlinear.pruning.rounding import Rounding
-from qlinear.pruning.sparsegpt import sweep
+from qlinear.pruning.sparsegpt import shrunk, sweep
 from qlinear.pruning.targets import Share, Target, fold_targets, linear_layers, matrix, targets
 from qlinear.undo import Undo
 
@@ -37,6 +37,7 @@ class _Job:
     loss: scores.Loss | None
     scheme: Scheme | None
     damping: float
+    shrinkage: float
     block_size: int
     hessian_bytes: int
     quiet: bool | None
@@ -62,6 +63,7 @@ def prune(
     loss: scores.Loss | None = None,
     scheme: str | Scheme | None = None,
     damping: float = 0.01,
+    shrinkage: float = 0.0,
     block_size: int = 128,
     hessian_bytes: int = 4 << 30,
     progress: bool | None = None,
@@ -92,6 +94,8 @@ def prune(
         scheme: SparseGPT also rounds to this integer scheme in the same sweep: ``convert(model, scheme)`` then finds
             the very codes the sweep chose, also after the model was saved and loaded.
         damping: SparseGPT's addition to the Hessian's diagonal, as a share of its mean.
+        shrinkage: the share by which correlations between inputs are discounted: 0 is the paper's SparseGPT, and near 1
+            it ranks as Wanda does and changes no other weight. See :func:`qlinear.pruning.sparsegpt.shrunk`.
         block_size: columns that SparseGPT ranks together.
         hessian_bytes: the most bytes of Hessians held at a time where the model is no chain of blocks.
         progress: a progress bar on standard error; None shows it where the work is long.
@@ -106,8 +110,9 @@ def prune(
     """
     kind = Pattern.parse(pattern)
     _check(method, kind, scope, calibration, loss, scheme)
-    if not damping > 0 or block_size < 1:
-        raise ValueError(f"damping > 0 and block_size >= 1 are wanted, got {damping!r} and {block_size!r}")
+    if not damping > 0 or not 0 <= shrinkage < 1 or block_size < 1:
+        got = f"damping={damping!r}, shrinkage={shrinkage!r}, block_size={block_size!r}"
+        raise ValueError(f"damping > 0, 0 <= shrinkage < 1 and block_size >= 1 are wanted, got {got}")
     batches = [] if calibration is None or method == "magnitude" else list(calibration)
     if method != "magnitude" and not batches:
         raise ValueError(f"method {method!r} was given no calibration batches")
@@ -115,7 +120,7 @@ def prune(
         layers = targets(model, sparsity, kind)
         quiet = no_bar([t.module for t in layers], progress)
         parsed = None if scheme is None else Scheme.parse(scheme)
-        rest = (damping, block_size, hessian_bytes, quiet, layers, undo)
+        rest = (damping, shrinkage, block_size, hessian_bytes, quiet, layers, undo)
         job = _Job(model, method, kind, batches, scope, loss, parsed, *rest)
         fold_targets(layers, undo)
         if kind.structured:
@@ -198,7 +203,7 @@ def _sweep(job: _Job, target: Target, hessian: Tensor) -> None:
     try:
         rounding = None if job.scheme is None else Rounding(job.scheme, weight.dtype)
         settings = {"rounding": rounding, "block_size": job.block_size, "damping": job.damping}
-        new = sweep(weight, hessian, job.pattern, target.sparsity, **settings)  # type: ignore[arg-type]
+        new = sweep(weight, shrunk(hessian, job.shrinkage), job.pattern, target.sparsity, **settings)  # type: ignore[arg-type]
     except (ValueError, RuntimeError) as error:
         raise type(error)(f"layer {target.name!r}: {error}") from error
     job.undo.keep(float_parameter(target.module))
@@ -245,11 +250,11 @@ def _remove_compensated(job: _Job, cuts: Sequence[structured.Cut]) -> None:
             hessians = through_model(job.model, part, job.batches, True).results()
             for name, layer in part.items():
                 cut, weight = by_name[name], matrix(layer)
-                size = cut.structure.consumer.size
-                errors = structured.removal_errors(weight, hessians[name], size, job.damping)
+                size, hessian = cut.structure.consumer.size, shrunk(hessians[name], job.shrinkage)
+                errors = structured.removal_errors(weight, hessian, size, job.damping)
                 left = structured.kept_units([cut], [errors], "layer")[0]
                 columns = structured.columns(cut.structure.consumer, left, cut.structure.units)
-                refitted = structured.compensated(weight, hessians[name], columns, job.damping)
+                refitted = structured.compensated(weight, hessian, columns, job.damping)
                 structured.remove(cut, left, job.undo, refitted)
                 structured.update_config(cut, len(left), job.undo)
                 bar.update()
