@@ -32,24 +32,28 @@ def ask(
     results: dict[int, dict[str, Any]] = {}
 
     def serve() -> None:
-        pipe = subprocess.PIPE
-        with subprocess.Popen(
-            [sys.executable, *command], stdin=pipe, stdout=pipe, text=True, env=environment
-        ) as worker:
-            assert worker.stdin is not None and worker.stdout is not None
-            while worker.poll() is None:
-                try:
-                    index = queue.popleft()
-                except IndexError:  # another thread took the last one
-                    break
-                print(json.dumps(questions[index]), file=worker.stdin, flush=True)
-                results[index] = json.loads(worker.stdout.readline() or '{"error": "the worker crashed"}')
-                answered()
+        # A process that crashed took its question with it; the next one is put to a new process.
+        while queue:
+            pipe = subprocess.PIPE
+            with subprocess.Popen(
+                [sys.executable, *command], stdin=pipe, stdout=pipe, text=True, env=environment
+            ) as worker:
+                assert worker.stdin is not None and worker.stdout is not None
+                line = "alive"
+                while line:
+                    try:
+                        index = queue.popleft()
+                    except IndexError:  # another thread took the last one
+                        break
+                    print(json.dumps(questions[index]), file=worker.stdin, flush=True)
+                    line = worker.stdout.readline()
+                    results[index] = json.loads(line or '{"error": "the worker crashed"}')
+                    answered()
 
     with ThreadPoolExecutor(WORKERS) as pool:
         for served in [pool.submit(serve) for _ in range(min(WORKERS, len(questions)))]:
             served.result()
-    return [results.get(index, {"error": "no worker is left"}) for index in range(len(questions))]
+    return [results[index] for index in range(len(questions))]
 
 
 def answer(work: Callable[[Any], dict[str, Any]], lines: Iterable[str] = sys.stdin) -> None:
