@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from qlinear.format import Format
-from qlinear.kernels.configs import M_BUCKETS, Config
+from qlinear.kernels.checks import check_blocks
+from qlinear.kernels.configs import M_BUCKETS, Config, bucket_of
 from qlinear.kernels.decode import DECODERS
-from qlinear.kernels.epilogue import share_partials, store_output
-from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability, Target, counters, device_guard, target_of, unused
+from qlinear.kernels.epilogue import share_partials, split_buffers, store_output
+from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability, Target, aligned, device_guard, target_of
 from qlinear.kernels.tiles import concat, scale_planes
 
 #: K of a row of blocks is split so that the device is full, but a program keeps this many blocks ...
@@ -105,7 +106,7 @@ def choose_block_config(
 ) -> Config:
     """The configuration for x ``[m, K]`` of ``dtype`` and a weight of n rows with ``blocks`` stored blocks."""
     assert fmt.block
-    bucket = next((b for b in M_BUCKETS if m <= b), M_BUCKETS[-1])
+    bucket = min(bucket_of(m), M_BUCKETS[-1])
     block_m, warps, stages = _tile(bucket, dtype, capability)
     rows, split = -(-n // fmt.block), 1
     tiles = rows * -(-m // block_m)
@@ -149,7 +150,7 @@ def block_linear_tensors(
     Raises:
         ValueError: a dtype, a shape or a device does not fit.
     """
-    _check(x, weight, scale, index, fmt, out_features, bias)
+    check_blocks(x, weight, scale, index, fmt, out_features, bias)
     m, k = x.shape
     target = target_of(x.device)
     if target.interpreted and x.dtype == torch.bfloat16:
@@ -159,18 +160,11 @@ def block_linear_tensors(
     y = torch.empty(m, out_features, dtype=x.dtype, device=x.device)
     if m == 0:
         return y
-    # Rows that are not aligned are loaded number by number: a copy is cheaper.
-    if x.stride(1) != 1 or x.stride(0) % 16 != 0:
-        x = x.contiguous()
+    x = aligned(x)
     if config is None:
         config = choose_block_config(m, out_features, len(weight), fmt, x.dtype, target.capability, target.num_sms)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(out_features, config.block_n)
-    partial, counter = unused(x.device, torch.float32), unused(x.device, torch.int32)
-    if config.split_k > 1:
-        if tiles > MAX_SPLIT_TILES:
-            raise ValueError(f"{config} splits {tiles} tiles along K; at most {MAX_SPLIT_TILES} can be")
-        size = tiles * config.split_k * config.block_m * config.block_n
-        partial, counter = torch.empty(size, dtype=torch.float32, device=x.device), counters(x.device)
+    partial, counter = split_buffers(tiles, config, torch.float32, x.device)
     if fmt.number == "float":
         weight = weight.view(scale.dtype)
     with device_guard(x.device):
@@ -201,24 +195,3 @@ def block_constexprs(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
-
-
-def _check(x: Tensor, weight: Tensor, scale: Tensor, index: Tensor, fmt: Format, n: int, bias: Tensor | None) -> None:
-    """Raises a ValueError that names what was got and what was wanted, where the tensors do not fit."""
-    if x.dim() != 2 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"x must be a float16, bfloat16 or float32 matrix [M, K], got {x.dtype} {tuple(x.shape)}")
-    if fmt.block is None:
-        raise ValueError(f"{fmt} has no blocks; the formats that have are block-sparse")
-    rows, count = -(-n // fmt.block), len(weight)
-    shape = (count, fmt.block, fmt.block // DECODERS[fmt.packing].planes)
-    scales = {"float": (n, 0), "int": (count if fmt.group_size else rows, fmt.block)}[fmt.number]
-    wanted = ((weight, torch.int16, shape), (scale, scale.dtype, scales), (index, torch.int32, (2 * rows + 1 + count,)))
-    for name, (t, dtype, expected) in zip(("weight", "scale", "index"), wanted, strict=True):
-        if t.dtype != dtype or tuple(t.shape) != expected or not t.is_contiguous():
-            what = f"of {fmt} [{n}, {x.shape[1]}] in the layout 'triton' is contiguous {dtype} {expected}"
-            raise ValueError(f"the {name} {what}, got {t.dtype} {tuple(t.shape)}")
-    if bias is not None and (tuple(bias.shape) != (n,) or not bias.is_floating_point()):
-        raise ValueError(f"bias must be floats ({n},), got {bias.dtype} {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("scale", scale), ("index", index), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")

@@ -70,6 +70,25 @@ def check_weight(weight: Tensor, scale: Tensor, fmt: Format, n: int, k: int, ind
         raise ValueError(f"the weight is on {weight.device} but its scale is on {scale.device}")
 
 
+def check_blocks(
+    x: Tensor, weight: Tensor, scale: Tensor, index: Tensor, fmt: Format, n: int, bias: Tensor | None
+) -> None:
+    """As :func:`check`, for a block-sparse weight."""
+    if fmt.block is None:
+        raise ValueError(f"{fmt} has no blocks; the formats that have are block-sparse")
+    _check_product(x, weight, bias, n)
+    what = f"of {fmt} [{n}, {x.shape[1]}] in the layout 'triton'"
+    rows, count = -(-n // fmt.block), len(weight)
+    shape = (count, fmt.block, fmt.block // DECODERS[fmt.packing].planes)
+    scales = {"float": (n, 0), "int": (count if fmt.group_size else rows, fmt.block)}[fmt.number]
+    _check_tensor("weight", weight, what, torch.int16, shape)
+    _check_tensor("scale", scale, what, scale.dtype, scales)
+    _check_tensor("index", index, what, torch.int32, (2 * rows + 1 + count,))
+    for name, tensor in (("scale", scale), ("index", index)):
+        if tensor.device != x.device:
+            raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")
+
+
 def check_fragments(
     x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor | None, fmt: Format, n: int,
     bias: Tensor | None,

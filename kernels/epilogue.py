@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from qlinear.kernels.configs import Config
+from qlinear.kernels.runtime import MAX_SPLIT_TILES, counters, unused
 
 
 @triton.jit
@@ -44,3 +49,17 @@ def share_partials(
             # .cg: not from L1, which other processors' writes do not reach.
             acc += tl.load(ptrs + s * (BLOCK_M * BLOCK_N), mask=mask, other=0, cache_modifier=".cg")
     return acc, is_last
+
+
+def split_buffers(tiles: int, config: Config, sums: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the programs of a launch leave their partial sums, and the counters they count themselves in.
+
+    Raises:
+        ValueError: there are more tiles than counters.
+    """
+    if config.split_k == 1:
+        return unused(device, sums), unused(device, torch.int32)
+    if tiles > MAX_SPLIT_TILES:
+        raise ValueError(f"{config} splits {tiles} tiles along K; at most {MAX_SPLIT_TILES} can be")
+    size = tiles * config.split_k * config.block_m * config.block_n
+    return torch.empty(size, dtype=sums, device=device), counters(device)

@@ -19,8 +19,8 @@ from qlinear.format import BLOCK_K, Format
 from qlinear.kernels.checks import check, check_layout
 from qlinear.kernels.configs import Config
 from qlinear.kernels.decode import DECODERS
-from qlinear.kernels.epilogue import share_partials, store_output
-from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, counters, device_guard, target_of, unused
+from qlinear.kernels.epilogue import share_partials, split_buffers, store_output
+from qlinear.kernels.runtime import Target, aligned, device_guard, target_of
 from qlinear.kernels.tiles import TILE_N as TILE_ROWS
 from qlinear.kernels.tiles import concat, decode_block, load_scales, scale_planes, scale_rows
 from qlinear.kernels.tuned import config_on
@@ -216,9 +216,7 @@ def launch(
     m, n = y.shape
     if m == 0:
         return
-    # Rows that are not aligned are loaded number by number: a copy is cheaper.
-    if x.stride(1) != 1 or x.stride(0) % 16 != 0:
-        x = x.contiguous()
+    x = aligned(x)
     target = target_of(x.device)
     if target.interpreted and y.dtype == torch.bfloat16:
         # Triton's interpreter takes the bits of bfloat16 for integers when it multiplies, and truncates where it
@@ -231,14 +229,7 @@ def launch(
     if config is None:
         config = config_on(x.device, target, m, n, in_features, fmt, y.dtype)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    sums = torch.int32 if fmt.integer_sums else torch.float32
-    if config.split_k == 1:
-        partial, counter = unused(x.device, sums), unused(x.device, torch.int32)
-    else:
-        if tiles > MAX_SPLIT_TILES:
-            raise ValueError(f"{config} splits {tiles} tiles along K; at most {MAX_SPLIT_TILES} can be")
-        size = tiles * config.split_k * config.block_m * config.block_n
-        partial, counter = torch.empty(size, dtype=sums, device=x.device), counters(x.device)
+    partial, counter = split_buffers(tiles, config, torch.int32 if fmt.integer_sums else torch.float32, x.device)
     with device_guard(x.device):
         _matmul_kernel[(tiles * config.split_k,)](
             x, weight, index, scale, x_scale, None if bias is None else bias.contiguous(), y, partial, counter,

@@ -24,7 +24,7 @@ from torch import Tensor
 from qlinear.format import BLOCK_K, Format
 from qlinear.kernels.checks import check_fragments
 from qlinear.kernels.configs import Config
-from qlinear.kernels.epilogue import share_partials, store_output
+from qlinear.kernels.epilogue import share_partials, split_buffers, store_output
 from qlinear.kernels.fragments import (
     columns_of,
     decode_tile,
@@ -35,7 +35,7 @@ from qlinear.kernels.fragments import (
     mma_sp,
     offsets4,
 )
-from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, counters, device_guard, target_of, unused
+from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, device_guard, target_of
 from qlinear.layout24 import FRAGMENT_ROWS
 
 
@@ -261,10 +261,7 @@ def fragment_linear_tensors(
         x = x.contiguous()
     config = config or choose_fragment_config(m, n, k, fmt, target.num_sms)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    partial, counter = unused(x.device, torch.float32), unused(x.device, torch.int32)
-    if config.split_k > 1:
-        size = tiles * config.split_k * config.block_m * config.block_n
-        partial, counter = torch.empty(size, dtype=torch.float32, device=x.device), counters(x.device)
+    partial, counter = split_buffers(tiles, config, torch.float32, x.device)
     with device_guard(x.device):
         _mma_sp_kernel[(tiles * config.split_k,)](
             x, weight, index, scale, zero, None if bias is None else bias.contiguous(), y, partial, counter,

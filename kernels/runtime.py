@@ -77,6 +77,11 @@ def device_guard(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x ``[M, K]`` with rows that are loaded many numbers at a time: others are copied, which is cheaper."""
+    return x.contiguous() if x.stride(1) != 1 or x.stride(0) % 16 != 0 else x
+
+
 @cache
 def unused(device: torch.device, dtype: torch.dtype) -> Tensor:
     """Stands for a buffer that a launch does not touch, so that the kernel is the same with and without it."""

@@ -50,7 +50,8 @@ class Key:
         return re.sub(r"[^\w.+-]+", "-", text) + ".json"
 
     def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data
 
 
 @dataclass

@@ -66,7 +66,8 @@ def _row_matmul(x: Tensor, packed: PackedWeight, size: int) -> Tensor:
     places, tokens = _places(packed, size), _token_blocks(x, size)
     values, n = _values(packed, places[0], x.dtype), packed.out_features
     y = x.new_zeros(x.shape[0], n)
-    starts: list[int] = packed.tensors[3][: -(-n // size) + 1].tolist()  # type: ignore[index]
+    assert packed.index is not None
+    starts: list[int] = packed.index[: -(-n // size) + 1].tolist()
     for i in range(len(starts) - 1):
         blocks = slice(starts[i], starts[i + 1])
         if starts[i] < starts[i + 1]:

@@ -88,14 +88,14 @@ class Collector:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no key-value cache (blocks are run more than once); all restored."""
     modes = [(m, m.training) for m in model.modules()]
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
     with ExitStack() as stack:
         for module, mode in modes:
             stack.callback(setattr, module, "training", mode)
         if cache:
             stack.callback(setattr, config, "use_cache", cache)
-            config.use_cache = False  # type: ignore[union-attr]
+            config.use_cache = False
         model.eval()
         stack.enter_context(torch.no_grad())
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,8 +202,15 @@ def _sweep(job: _Job, target: Target, hessian: Tensor) -> None:
     weight = target.matrix
     try:
         rounding = None if job.scheme is None else Rounding(job.scheme, weight.dtype)
-        settings = {"rounding": rounding, "block_size": job.block_size, "damping": job.damping}
-        new = sweep(weight, shrunk(hessian, job.shrinkage), job.pattern, target.sparsity, **settings)  # type: ignore[arg-type]
+        new = sweep(
+            weight,
+            shrunk(hessian, job.shrinkage),
+            job.pattern,
+            target.sparsity,
+            rounding=rounding,
+            block_size=job.block_size,
+            damping=job.damping,
+        )
     except (ValueError, RuntimeError) as error:
         raise type(error)(f"layer {target.name!r}: {error}") from error
     job.undo.keep(float_parameter(target.module))
@@ -226,19 +233,23 @@ def _remove_units(job: _Job) -> None:
 def _unit_scores(job: _Job, cuts: Sequence[structured.Cut]) -> list[Tensor]:
     inside = {id(layer) for cut in cuts for layer in cut.structure.layers}
     layers = {name: layer for name, layer in linear_layers(job.model).items() if id(layer) in inside}
-    score: Callable[[str, Tensor], Tensor]
+    statistics: dict[str, Tensor] = {}
     if job.method == "gradient":
         assert job.loss is not None
-        gradients = scores.gradient(job.model, layers, job.batches, job.loss)
-        score = lambda name, weight: gradients[name]  # noqa: E731
+        statistics = scores.gradient(job.model, layers, job.batches, job.loss)
     elif job.method == "wanda":
         with evaluating(job.model):
-            squares = through_model(job.model, layers, job.batches, False).results()
-        score = lambda name, weight: scores.wanda(weight, squares[name])  # noqa: E731
-    else:
-        score = lambda name, weight: scores.magnitude(weight)  # noqa: E731
+            statistics = through_model(job.model, layers, job.batches, False).results()
     names = {id(layer): name for name, layer in layers.items()}
-    return [structured.unit_scores(cut.structure, lambda m: score(names[id(m)], matrix(m))) for cut in cuts]
+
+    def score(layer: nn.Module) -> Tensor:
+        if job.method == "gradient":
+            return statistics[names[id(layer)]]
+        if job.method == "wanda":
+            return scores.wanda(matrix(layer), statistics[names[id(layer)]])
+        return scores.magnitude(matrix(layer))
+
+    return [structured.unit_scores(cut.structure, score) for cut in cuts]
 
 
 def _remove_compensated(job: _Job, cuts: Sequence[structured.Cut]) -> None:
