@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -96,10 +97,12 @@ def disassemble(cubins: Sequence[bytes], capability: tuple[int, int]) -> list[li
         file.flush()
         command = [str(tool), "-ndf", "-b", arch, file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    everything, result, begin = parse(listing), [], 0
+    everything = parse(listing)
+    addresses, result, begin = [i.address for i in everything], [], 0
     for code in codes:
         end = begin + len(code)
-        result.append([_moved(i, begin) for i in everything if begin <= i.address < end])
+        mine = everything[bisect_left(addresses, begin) : bisect_left(addresses, end)]
+        result.append([_moved(i, begin) for i in mine])
         begin = end
     return result
 

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
 _WARPGROUP_MMA = re.compile(r"[A-Z]GMMA\.(\d+)x(\d+)x(\d+)")
@@ -56,9 +56,9 @@ class Instruction:
     @cached_property
     def kind(self) -> str:
         """A key of CLASSES."""
-        return next(name for name, pattern in _CLASSES.items() if pattern.match(self.opcode))
+        return _kind(self.opcode)
 
-    @property
+    @cached_property
     def target(self) -> int | None:
         """The address a branch goes to."""
         found = re.search(r"0x([0-9a-f]+)$", self.operands) if self.opcode.startswith(("BRA", "CALL")) else None
@@ -112,6 +112,11 @@ class Instruction:
         if self.opcode.startswith("WARPGROUP.DEPBAR"):
             return int(self.operands.rpartition(" ")[2], 16)
         return 0 if self.opcode.startswith("SYNCS.PHASECHK") else None
+
+
+@cache
+def _kind(opcode: str) -> str:
+    return next(name for name, pattern in _CLASSES.items() if pattern.match(opcode))
 
 
 def parse(listing: str) -> list[Instruction]:

@@ -89,6 +89,23 @@ def check_blocks(
             raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")
 
 
+def check_bitmap(
+    x: Tensor, weight: Tensor, scale: Tensor, index: Tensor, fmt: Format, n: int, bias: Tensor | None
+) -> None:
+    """As :func:`check`, for an unstructured weight, which is in the plain layout."""
+    if fmt.sparsity != "unstructured":
+        raise ValueError(f"{fmt} has no bits that say which weights are kept; the unstructured formats have")
+    _check_product(x, weight, bias, n)
+    k = x.shape[1]
+    what = f"of {fmt} [{n}, {k}] in the layout 'plain'"
+    _check_tensor("weight", weight, what, torch.int32, (weight.numel(),))
+    _check_tensor("scale", scale, what, scale.dtype, (n, fmt.groups(k)))
+    _check_tensor("index", index, what, torch.int32, (n, 1 + -(-k // 32)))
+    for name, tensor in (("scale", scale), ("index", index)):
+        if tensor.device != x.device:
+            raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")
+
+
 def check_fragments(
     x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor | None, fmt: Format, n: int,
     bias: Tensor | None,

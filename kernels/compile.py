@@ -15,6 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from qlinear.format import BLOCK_K, Format
+from qlinear.kernels.bitmap import (
+    _bitmap_kernel,
+    _expand_kernel,
+    bitmap_config,
+    bitmap_constexprs,
+    expand_constexprs,
+)
 from qlinear.kernels.blocks import _block_kernel, block_constexprs
 from qlinear.kernels.configs import Config
 from qlinear.kernels.decode import DECODERS
@@ -33,6 +40,7 @@ _NAMES = {
     torch.float32: "fp32",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int16: "i16",
     torch.int32: "i32",
 }
@@ -118,6 +126,31 @@ def compile_blocks(
     integers = {"N": 4096, "K": in_features, "stride_xm": in_features}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return compile_kernel(_block_kernel, pointers, integers, constants, options, capability)
+
+
+def compile_bitmap(fmt: Format, dtype: torch.dtype, tokens: int, capability: Capability) -> CompiledKernel:
+    """The matmul kernel of unstructured weights for so many tokens x in ``dtype`` and a bias, for N = K = 4096."""
+    target = Target(capability, 132)
+    config = bitmap_config(tokens, 4096, 4096, dtype, target)
+    pointers = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), dtype) | _bitmap_pointers(fmt, dtype)
+    pointers |= {"partial_ptr": torch.float32, "counter_ptr": torch.int32}
+    constants = bitmap_constexprs(fmt, dtype, config, target)
+    integers = {"N": 4096, "K": 4096, "stride_xm": 4096}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return compile_kernel(_bitmap_kernel, pointers, integers, constants, options, capability)
+
+
+def compile_expand(fmt: Format, dtype: torch.dtype, capability: Capability) -> CompiledKernel:
+    """The kernel that writes an unstructured weight densely, in ``dtype``."""
+    pointers = {**_bitmap_pointers(fmt, dtype), "y_ptr": dtype}
+    constants = expand_constexprs(fmt, Target(capability, 132))
+    return compile_kernel(_expand_kernel, pointers, {"N": 4096, "K": 4096}, constants, {}, capability)
+
+
+def _bitmap_pointers(fmt: Format, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
+    floats = fmt.number == "float"
+    values = fmt.scale_dtype(dtype) if floats else torch.uint8
+    return {"w_ptr": values, "scale_ptr": None if floats else fmt.scale_dtype(dtype), "index_ptr": torch.int32}
 
 
 def compile_quantize(

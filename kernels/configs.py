@@ -62,7 +62,7 @@ _FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((8, 64, 4),))
 _BLACKWELL_FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((8, 128, 8),))
 _AMD_FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((16, 64, 4),))
 
-#: Shared memory of a multiprocessor in KiB, by capability; others have 99 (sm_86, sm_89, sm_120) or, on AMD, 64.
+#: Shared memory a program can have in KiB, by capability; others have 99 (sm_86, sm_89, sm_120) or, on AMD, 64.
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 
 #: K is split so that the device is full, but a program keeps this many blocks of 128 ...
@@ -170,10 +170,10 @@ def refusal(
     block_m = _tiles(min(bucket, M_BUCKETS[-1]), fmt, dtype, capability)[0][0]
     if config.block_m != block_m or config.block_n not in (64, 128, 256) or config.num_warps not in (4, 8):
         return f"no tile of {bucket} tokens is {config.block_m}x{config.block_n} in {config.num_warps} warps"
-    shared = 64 if isinstance(capability, str) else _SHARED_KIB.get(capability, 99)
+    shared = shared_bytes(capability)
     buffers = (config.num_stages - 1) * sum(_tile_bytes(block_m, config.block_n, fmt, dtype, capability))
-    if not 2 <= config.num_stages <= 6 or buffers > shared << 10:
-        return f"{config.num_stages} buffers are not 2 to 6, or more than {shared} KiB"
+    if not 2 <= config.num_stages <= 6 or buffers > shared:
+        return f"{config.num_stages} buffers are not 2 to 6, or more than {shared >> 10} KiB"
     blocks, split = -(-k // BLOCK_K), config.split_k
     if split < 1 or split > blocks or -(-blocks // -(-blocks // split)) != split:
         return f"{blocks} blocks along K cannot be cut into {split} parts"
@@ -196,6 +196,11 @@ def bucket_of(m: int) -> int:
 def multiplies_bytes(fmt: Format, capability: Capability) -> bool:
     """Whether tensor cores multiply 8-bit numbers: int8, or e4m3 where they know it."""
     return fmt.integer_activations or (fmt.quantized_activations and has_fp8(capability))
+
+
+def shared_bytes(capability: Capability) -> int:
+    """The most shared memory that one program can have."""
+    return (64 if isinstance(capability, str) else _SHARED_KIB.get(capability, 99)) << 10
 
 
 def token_bytes(fmt: Format, dtype: torch.dtype, capability: Capability) -> int:
@@ -245,12 +250,14 @@ def _num_stages(
     # float32 is bound by its products, and has no registers to spare.
     if isinstance(capability, str) or dtype == torch.float32:
         return 2
-    budget = (_SHARED_KIB.get(capability, 99) << 10) * num_warps // 8
+    budget = shared_bytes(capability) * num_warps // 8
     weight, tokens = _tile_bytes(block_m, block_n, fmt, dtype, capability)
-    # The rest is for scales and changes of layout. Tokens are consumed in place, as 8-bit weights are where tokens
-    # have 8 bits; a weight that is decoded has left its buffer.
+    # The rest is for scales and changes of layout; 16-bit floats of a large tile are expanded through shared memory.
+    # Tokens are consumed in place, as 8-bit weights are where tokens have 8 bits; a weight that is decoded has left its
+    # buffer.
+    rest = 2 * block_n * BLOCK_K if fmt.bits == 16 and block_m > 16 else 6 << 10
     spare = 0 if multiplies_bytes(fmt, capability) and fmt.bits == 8 else 1
-    return next((s for s in (4, 3) if (s - spare) * weight + s * tokens + (6 << 10) <= budget), 2)
+    return next((s for s in (4, 3) if (s - spare) * weight + s * tokens + rest <= budget), 2)
 
 
 def _tile_bytes(block_m: int, block_n: int, fmt: Format, dtype: torch.dtype, capability: Capability) -> tuple[int, int]:

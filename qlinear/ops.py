@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from qlinear import cpu
 from qlinear.format import FORMATS, Format
 from qlinear.packing import PackedWeight
-from qlinear.paths import FRAGMENT_TOKENS
+from qlinear.paths import FRAGMENT_TOKENS, UNSTRUCTURED_TOKENS
 from qlinear.token_ops import linear_in_parts, rounded_linear
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -79,6 +79,8 @@ def _linear_cpu(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Ten
 def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
     if packed.layout == "mma.sp":
         return _linear_fragments(x, packed, bias, dense)
+    if packed.format.sparsity == "unstructured":
+        return _linear_bitmap(x, packed, bias)
     if packed.layout != "triton":
         return _linear_any(x, packed, bias, dense)
     if packed.format.block:
@@ -125,6 +127,16 @@ def _linear_blocks(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tens
     return block_linear_tensors(flat, weight, scale, index, packed.format, n, bias).view(*x.shape[:-1], n)
 
 
+def _linear_bitmap(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    from qlinear.kernels.bitmap import bitmap_linear_tensors, expanded_linear_tensors
+
+    weight, scale, _, index = packed.tensors
+    assert index is not None
+    flat, n = x.reshape(-1, packed.in_features), packed.out_features
+    linear = expanded_linear_tensors if flat.shape[0] > UNSTRUCTURED_TOKENS else bitmap_linear_tensors
+    return linear(flat, weight, scale, index, packed.format, n, bias).view(*x.shape[:-1], n)
+
+
 def _linear_any(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
     """Any device: dequantize the whole weight and multiply."""
     if packed.format.quantized_activations:
@@ -143,11 +155,21 @@ def _dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def _dequantize_cuda(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    if packed.format.sparsity == "unstructured":
+        return _expand_cuda(packed, dtype)
     if packed.layout != "triton" or packed.format.block:
         return _dequantize(packed, dtype)
     from qlinear.kernels.dequantize import dequantize
 
     return dequantize(packed, dtype)
+
+
+def _expand_cuda(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    from qlinear.kernels.bitmap import expand_tensors
+
+    weight, scale, _, index = packed.tensors
+    assert index is not None
+    return expand_tensors(weight, scale, index, packed.format, packed.in_features, dtype)
 
 
 def _dequantize_fake(packed: PackedWeight, dtype: torch.dtype) -> Tensor:

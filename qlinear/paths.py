@@ -13,6 +13,8 @@ from qlinear.format import Format
 _MOST_TOKENS = 4096
 #: Tokens up to which the layout ``mma.sp`` is multiplied as it is; from 17 on the weight is read again for every 16.
 FRAGMENT_TOKENS = 128
+#: Tokens up to which a tile of an unstructured weight is multiplied where it is expanded, and not written first.
+UNSTRUCTURED_TOKENS = 64
 
 
 def path(
@@ -57,6 +59,8 @@ def _path(
         return cpu.path(fmt, dtype, tokens, layout, k)
     if layout == "mma.sp" and tokens <= FRAGMENT_TOKENS and dtype != torch.float32:
         return "Triton mma.sp (unverified)", "asked for by layout: sparse tensor cores, no GPU has run it yet"
+    if fmt.sparsity == "unstructured":
+        return _bitmap_path(tokens)
     if layout != "triton":
         return "dequantize + F.linear", f"no kernel reads the {layout} layout on {kind}"
     if fmt.block:
@@ -68,6 +72,12 @@ def _path(
     if many:
         return "Triton dequantize + vendor matmul", f"more than {few} tokens"
     return "Triton matmul", "packed weights are decoded in registers" + (", split along K" if tokens <= 64 else "")
+
+
+def _bitmap_path(tokens: int) -> tuple[str, str]:
+    if tokens > UNSTRUCTURED_TOKENS:
+        return "Triton expand + vendor matmul", f"more than {UNSTRUCTURED_TOKENS} tokens"
+    return "Triton expands tiles", "where a weight lies is counted from bits: saves memory, not time"
 
 
 def _fp8_path() -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Compiles all that ships, for GPUs that need not be present: no spills, tensor cores used, loads asynchronous.
+"""Compiles all that ships, for GPUs that need not be present: no spills, all fits, tensor cores, asynchronous loads.
 
 Run as a program this file is the worker, which is asked for jobs by their index (see :mod:`bench.workers`).
 """
@@ -13,7 +13,7 @@ import torch
 from bench.workers import answer, ask
 from qlinear.format import DENSE, FORMATS, Format
 from qlinear.kernels.blocks import shipped_block_configs
-from qlinear.kernels.configs import Config, shipped_configs
+from qlinear.kernels.configs import Config, shared_bytes, shipped_configs
 from qlinear.kernels.runtime import Capability
 
 TARGETS: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0), "gfx942")
@@ -85,6 +85,10 @@ def jobs() -> list[Job]:
                 configs = shipped_block_configs(fmt, DTYPES[dtype], target)
                 options = {"in_features": 200 if i else 4096}
                 result.append(Job("blocks", target, dtype, fmt, configs[(i + 1) % len(configs)], options))
+            for i, fmt in enumerate(fmt for fmt in FORMATS.values() if fmt.sparsity == "unstructured"):
+                dtypes = DTYPES if target == (9, 0) else ("bf16", "fp32")
+                result += [Job("bitmap", target, d, fmt, options={"tokens": t}) for d in dtypes for t in (16, 64)]
+                result.append(Job("expand", target, ("bf16", "fp32")[i], fmt))
         for k in (200, 14336):
             result.append(Job("quantize", target, "bf16", options={"in_features": k, "number": "e4m3"}))
         for dtype in DTYPES if target in TARGETS else ():
@@ -145,26 +149,32 @@ def test_compiles_to_what_it_should(index, compiled):
     job, result = JOBS[index], compiled[index]
     assert "error" not in result, result["error"]
     assert result["spilled"] == 0
-    if job.kernel in ("matmul", "blocks"):
+    assert result["shared"] <= shared_bytes(job.target)
+    if job.kernel in ("matmul", "blocks", "bitmap"):
         assert result["tensor_core_instructions"] > 0
-        if not isinstance(job.target, str):
+        # Single values, of two bytes at most, are too narrow to be copied.
+        if not isinstance(job.target, str) and job.kernel != "bitmap":
             assert result["asynchronous_copies"] > 0
 
 
 def compile_one(index):
-    from qlinear.kernels.compile import compile_blocks, compile_dequantize, compile_matmul, compile_quantize, usage
+    from qlinear.kernels import compile
 
     job = JOBS[index]
     dtype = DTYPES[job.dtype]
     if job.kernel == "matmul":
-        kernel = compile_matmul(job.fmt, dtype, job.config, job.target, **job.options)
+        kernel = compile.compile_matmul(job.fmt, dtype, job.config, job.target, **job.options)
     elif job.kernel == "blocks":
-        kernel = compile_blocks(job.fmt, dtype, job.config, job.target, **job.options)
+        kernel = compile.compile_blocks(job.fmt, dtype, job.config, job.target, **job.options)
     elif job.kernel == "dequantize":
-        kernel = compile_dequantize(job.fmt, dtype, job.target)
+        kernel = compile.compile_dequantize(job.fmt, dtype, job.target)
+    elif job.kernel == "bitmap":
+        kernel = compile.compile_bitmap(job.fmt, dtype, capability=job.target, **job.options)
+    elif job.kernel == "expand":
+        kernel = compile.compile_expand(job.fmt, dtype, job.target)
     else:
-        kernel = compile_quantize(dtype, capability=job.target, **job.options)
-    return asdict(usage(kernel))
+        kernel = compile.compile_quantize(dtype, capability=job.target, **job.options)
+    return asdict(compile.usage(kernel))
 
 
 if __name__ == "__main__":
