@@ -35,6 +35,18 @@ def linear(seconds: float, rounds: int, path: Path | None) -> None:
 
 
 @cli.command()
+@click.option("--seconds", default=0.3, show_default=True, help="Per side and row.")
+@_JSON
+def sparse(seconds: float, path: Path | None) -> None:
+    """One block-sparse layer of 4096x4096 in bfloat16 against dense ones, by the share of zero blocks."""
+    from bench.sparse import measure, show
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = measure(torch.bfloat16, device, seconds=seconds)
+    _report(show(rows), {"rows": rows}, path)
+
+
+@cli.command()
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--tokens", default=24, show_default=True)
 @click.option("--nf4/--no-nf4", default=True, help="Compare with bitsandbytes (pip install 'qlinear[bench]').")

@@ -8,37 +8,45 @@ weights of one iteration.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import sass
-from bench.cubins import DTYPES, Job, compile_all, disassemble
-from bench.predict import BLOCK_DENSITY, Resources, blocks_per_sm, dequantizes
+from bench.cubins import DTYPES, Job, compile_all, cubin_name, disassemble
+from bench.predict import BLOCK_DENSITY, Resources, Step, blocks_per_sm, dequantizes, macs_per_clock, step
 from bench.problems import Problem
 from bench.workers import WORKERS
 from qlinear.format import BLOCK_K, FORMATS, Format
 from qlinear.kernels.blocks import choose_block_config
-from qlinear.kernels.configs import Config, choose_config, token_bytes
-from qlinear.machines import MACHINES, arch_name
+from qlinear.kernels.configs import Config, choose_config, multiplies_bytes, token_bytes
+from qlinear.machines import MACHINES, Machine, arch_name
 
 #: Those whose kernels are counted.
 SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity != "unstructured")
+#: Kernels that are disassembled in one run (see :func:`bench.cubins.disassemble`).
+_TOGETHER = 32
 CAPABILITIES = {machine.arch: machine.capability for machine in MACHINES.values()}
 
 
 def job_and_config(
-    problem: Problem, scheme: str, dtype: str, capability: tuple[int, int], sms: int
+    problem: Problem, scheme: str, dtype: str, capability: tuple[int, int], sms: int, density: float = BLOCK_DENSITY
 ) -> tuple[Job, Config]:
-    """The kernel a product runs, and its configuration with split-K."""
+    """The kernel a product runs, and its configuration with split-K.
+
+    Where the loop computes nothing in the dtype of x (8-bit products that are scaled at the end, 16-bit weights as they
+    are) its instructions are the same for both: one kernel stands for all.
+    """
     fmt, x_dtype = FORMATS[scheme], DTYPES[dtype]
+    if fmt.number == "float" or (multiplies_bytes(fmt, capability) and fmt.group_size is None):
+        dtype = next(iter(DTYPES))
     if fmt.block:
-        blocks = fmt.stored(problem.n, problem.k, BLOCK_DENSITY)
+        blocks = fmt.stored(problem.n, problem.k, density)
         config = choose_block_config(problem.m, problem.n, blocks, fmt, x_dtype, capability, sms)
     else:
         config = choose_config(problem.m, problem.n, problem.k, fmt, x_dtype, capability, sms)
@@ -217,6 +225,11 @@ def _asynchronous(loop: sass.Loop, threads: int, tile: int, groups: int, symmetr
     return (loop.tma or loop.copied_bytes(threads) >= tile) and narrow and loop.loaded_bytes(threads) <= 4 * scales
 
 
+def steps(audited: Mapping[Job, Audited], machine: Machine) -> Callable[[Job], Step]:
+    """The time of an iteration of each kernel on a machine, walked through once."""
+    return cache(lambda job: step(audited[job].loop, job.config.num_warps, macs_per_clock(job.format, machine)))
+
+
 def audit(jobs: dict[Job, Problem], dump: Path) -> dict[Job, Audited]:
     """Compiles and counts; the cubins stay in ``dump``.
 
@@ -224,18 +237,25 @@ def audit(jobs: dict[Job, Problem], dump: Path) -> dict[Job, Audited]:
         RuntimeError: one does not compile.
     """
     dump.mkdir(parents=True, exist_ok=True)
-    used = compile_all(list(jobs), dump)
-    by_capability: dict[tuple[int, int], list[Job]] = {}
-    for job in jobs:
-        by_capability.setdefault(job.capability, []).append(job)
     programs: dict[Job, list[sass.Instruction]] = {}
-    parts = [(cap, group[i::WORKERS]) for cap, group in by_capability.items() for i in range(WORKERS) if group[i:]]
+    waiting: dict[tuple[int, int], list[Job]] = {}
 
-    def read(part: tuple[tuple[int, int], list[Job]]) -> None:
-        capability, group = part
-        cubins = [(dump / used[job]["cubin"]).read_bytes() for job in group]
+    def read(capability: tuple[int, int], group: Sequence[Job]) -> None:
+        cubins = [(dump / cubin_name(job)).read_bytes() for job in group]
         programs.update(zip(group, disassemble(cubins, capability), strict=True))
 
+    # What is compiled is disassembled while others compile.
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(read, parts))
+
+        def compiled(job: Job) -> None:
+            group = waiting.setdefault(job.capability, [])
+            group.append(job)
+            if len(group) == _TOGETHER:
+                batches.append(pool.submit(read, job.capability, waiting.pop(job.capability)))
+
+        batches: list[Future[None]] = []
+        used = compile_all(list(jobs), dump, compiled)
+        batches += [pool.submit(read, capability, group) for capability, group in waiting.items()]
+        for batch in batches:
+            batch.result()
     return {job: read_kernel(job, problem, programs[job], used[job]) for job, problem in jobs.items()}

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bench import fragments
-from bench.audit import Audited, audit, job_and_config, jobs_of
+from bench import fragments, sparsity
+from bench.audit import Audited, audit, job_and_config, jobs_of, steps
 from bench.budgets import KNOWN, excesses
 from bench.cubins import DTYPES, Job
-from bench.predict import (
-    Prediction,
-    Step,
-    dequantizes,
-    macs_per_clock,
-    predict,
-    step,
-    traffic,
-)
+from bench.predict import Prediction, dequantizes, predict, traffic
 from bench.problems import Problem, problems
 from qlinear.kernels.crossover import dequantize_seconds, vendor_seconds
 from qlinear.machines import MACHINES, Machine
@@ -43,35 +35,43 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         audited = audit(jobs, dump or Path(scratch))
     machines = [machine for machine in MACHINES.values() if machine.arch in archs]
+    # Its kernels compile while the others are made into tables.
+    with ThreadPoolExecutor(1) as pool:
+        fragmented = pool.submit(fragments.report, archs, schemes, wanted)
+        parts, data = _tables(audited, wanted, schemes, machines)
+    sparse, data["sparse"] = fragmented.result()
+    return "\n\n".join([*parts[:-1], *([sparse] if sparse else []), parts[-1]]), data
+
+
+def _tables(
+    audited: dict[Job, Audited], wanted: Sequence[Problem], schemes: Sequence[str], machines: Sequence[Machine]
+) -> tuple[list[str], dict[str, Any]]:
+    """What does not need the kernels on sparse tensor cores; budgets come last."""
     rows = [row for machine in machines for row in predictions(audited, wanted, schemes, machine)]
     over = [line + " (known)" * (line in KNOWN) for line in excesses(audited)]
     parts = [kernel_table(audited.values()), *(machine_table(rows, machine) for machine in machines)]
-    sparse, sparse_data = fragments.report(archs, schemes, wanted)
-    parts += [sparse] if sparse else []
+    crossovers = [sparsity.rows(audited, wanted, machine) for machine in machines]
+    parts += [sparsity.as_table(found, machine) for found, machine in zip(crossovers, machines, strict=True) if found]
     parts.append(
         "\n".join(["over budget (see bench/budgets.py):", *over]) if over else "all within budget (bench/budgets.py)"
     )
     kernels = [asdict(a.kernel) for a in audited.values()]
-    return "\n\n".join(parts), {"kernels": kernels, "predictions": rows, "over_budget": over, "sparse": sparse_data}
+    crossover = [row for found in crossovers for row in found]
+    return parts, {"kernels": kernels, "predictions": rows, "over_budget": over, "crossover_sparsity": crossover}
 
 
 def predictions(
     audited: dict[Job, Audited], wanted: Iterable[Problem], schemes: Sequence[str], machine: Machine
 ) -> list[dict[str, Any]]:
     """One row for each problem, scheme and dtype, by the path that the operator takes."""
-
-    @cache
-    def step_of(job: Job) -> Step:
-        return step(audited[job].loop, job.config.num_warps, macs_per_clock(job.format, machine))
-
-    rows = []
+    step_of, rows = steps(audited, machine), []
     for problem in wanted:
         for scheme in schemes:
             for dtype in DTYPES:
                 job, config = job_and_config(problem, scheme, dtype, machine.capability, machine.sms)
                 kernel, unroll = audited[job].kernel, audited[job].unroll
                 found = predict(problem, job.format, config, step_of(job), unroll, kernel.blocks_per_sm, machine)
-                row = _row(problem, job, found, machine)
+                row = _row(problem, job, dtype, found, machine)
                 moved = traffic(problem, job.format, config, machine.capability)
                 row |= {
                     "config": str(config),
@@ -85,18 +85,18 @@ def predictions(
     return rows
 
 
-def _row(problem: Problem, job: Job, kernel: Prediction, machine: Machine) -> dict[str, Any]:
+def _row(problem: Problem, job: Job, dtype: str, kernel: Prediction, machine: Machine) -> dict[str, Any]:
     """The predicted time of the path that is taken, and of the kernel where that is another."""
     fmt, shape = job.format, (problem.m, problem.n, problem.k)
     seconds, bound = kernel.seconds, kernel.bound
-    if dequantizes(problem, fmt, DTYPES[job.dtype], machine):
+    if dequantizes(problem, fmt, DTYPES[dtype], machine):
         seconds, bound = dequantize_seconds(*shape, fmt, machine), "dequantize"
     return {
         "machine": machine.name,
         "model": problem.model,
         "layer": problem.layer,
         "scheme": job.scheme,
-        "dtype": job.dtype,
+        "dtype": dtype,
         "M": problem.m,
         "N": problem.n,
         "K": problem.k,

@@ -178,7 +178,7 @@ KNOWN: tuple[str, ...] = (
         f"{scheme}-{dtype}-sm_90-16x256-w4-s4: {share:.2f} bytes of partial sums per weight byte, not {PARTIALS} "
         "(16 x 4096 x 4096)"
         for scheme, share in _PARTIALS_NOW.items()
-        for dtype in ("fp16", "bf16")
+        for dtype in (("fp16",) if scheme == "w4a8-channel" else ("fp16", "bf16"))
     ),
     *(
         f"{scheme}-{dtype}-sm_90-16x256-w4-s4: x is read again for {share} bytes per weight byte, not {REREAD} "

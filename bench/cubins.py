@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -46,8 +46,13 @@ class Job:
         return f"{self.scheme}-{self.dtype}-{arch_name(self.capability)}-{tile}"
 
 
-def compile_all(jobs: Sequence[Job], dump: Path) -> dict[Job, dict[str, Any]]:
+def compile_all(
+    jobs: Sequence[Job], dump: Path, compiled: Callable[[Job], object] = lambda _: None
+) -> dict[Job, dict[str, Any]]:
     """Compiles in worker processes, each taking the largest tile that is left; says what each kernel uses.
+
+    Args:
+        compiled: called, from any thread, for every kernel that lies in ``dump``.
 
     Raises:
         RuntimeError: one does not compile.
@@ -55,12 +60,22 @@ def compile_all(jobs: Sequence[Job], dump: Path) -> dict[Job, dict[str, Any]]:
     ordered = sorted(jobs, key=lambda job: job.config.block_m * job.config.block_n, reverse=True)
     command = ["-m", "bench.cubins", str(dump)]
     with tqdm(total=len(jobs), desc="compiling", unit="kernel", disable=None) as progress:
-        answers = ask(command, [asdict(job) for job in ordered], progress.update)
+
+        def answered(index: int, result: dict[str, Any]) -> None:
+            progress.update()
+            if "cubin" in result:
+                compiled(ordered[index])
+
+        answers = ask(command, [asdict(job) for job in ordered], answered)
     results = dict(zip(ordered, answers, strict=True))
     for job in jobs:
         if "cubin" not in results[job]:
             raise RuntimeError(f"{job} does not compile: {results[job].get('error')}")
     return results
+
+
+def cubin_name(job: Job) -> str:
+    return f"{job}.cubin"
 
 
 def text_section(cubin: bytes) -> bytes:
@@ -120,10 +135,10 @@ def _compile(fields: dict[str, Any], dump: Path) -> dict[str, Any]:
     job = Job(fields["scheme"], fields["dtype"], tuple(fields["capability"]), Config(**fields["config"]))
     compile_job = compile_blocks if job.format.block else compile_matmul
     compiled = compile_job(job.format, DTYPES[job.dtype], job.config, job.capability)
-    (dump / f"{job}.cubin").write_bytes(compiled.asm["cubin"])
+    (dump / cubin_name(job)).write_bytes(compiled.asm["cubin"])
     used = asdict(usage(compiled))
     result = {name: used[name] for name in ("registers", "spilled", "shared")}
-    return result | {"tensor_columns": compiled.metadata.tmem_size or 0, "cubin": f"{job}.cubin"}
+    return result | {"tensor_columns": compiled.metadata.tmem_size or 0, "cubin": cubin_name(job)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The kernel on sparse tensor cores in the audit: what its code costs, and what it moves through the L2 cache.
 
-Run as a program this file is the worker: Triton cannot compile in a process that interprets.
+Run as a program this file is the worker (see :mod:`bench.workers`).
 
 It loads through registers, a step ahead, and no copy or product tells how it is unrolled but the sparse ones, which
 skip half of what they multiply: so it is counted apart from the other kernels (see :mod:`bench.audit`).
@@ -8,20 +8,16 @@ skip half of what they multiply: so it is counted apart from the other kernels (
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from bench import sass
 from bench.cubins import DTYPES, disassemble
 from bench.predict import weight_bytes
 from bench.problems import Problem
+from bench.workers import answer, ask
 from qlinear.format import FORMATS, Format
 from qlinear.kernels.configs import Config
 from qlinear.machines import MACHINES, arch_name
@@ -66,20 +62,16 @@ Job = tuple[str, str, tuple[int, int], Config]
 
 
 def read_all(jobs: Sequence[Job]) -> list[Fragments]:
-    """Compiles the kernels in a process of its own, and counts their loops.
+    """Compiles the kernels in worker processes, and counts their loops.
 
     Raises:
         RuntimeError: one does not compile.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(Path(__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    asked = json.dumps([(scheme, dtype, cap, asdict(config)) for scheme, dtype, cap, config in jobs])
-    command = [sys.executable, "-m", "bench.fragments"]
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"a kernel on sparse tensor cores does not compile: {done.stderr[-2000:]}")
-    return [Fragments(**fields) for fields in json.loads(done.stdout)]
+    answers = ask(["-m", "bench.fragments"], [(*job[:3], asdict(job[3])) for job in jobs])
+    for job, fields in zip(jobs, answers, strict=True):
+        if "error" in fields:
+            raise RuntimeError(f"the kernel on sparse tensor cores of {job} does not compile: {fields['error']}")
+    return [Fragments(**fields) for fields in answers]
 
 
 def read(scheme: str, dtype: str, capability: tuple[int, int], config: Config) -> Fragments:
@@ -163,7 +155,7 @@ def report(archs: Sequence[str], schemes: Sequence[str], problems: Iterable[Prob
     traffic = []
     for problem in problems:
         if problem.m <= 16:
-            for scheme in {k.scheme for k in kernels}:
+            for scheme in dict.fromkeys(k.scheme for k in kernels):
                 config = choose_fragment_config(problem.m, problem.n, problem.k, FORMATS[scheme], 132)
                 l2 = l2_per_weight_byte(problem, FORMATS[scheme], config)
                 shape = {"scheme": scheme, "M": problem.m, "N": problem.n, "K": problem.k}
@@ -176,11 +168,10 @@ def report(archs: Sequence[str], schemes: Sequence[str], problems: Iterable[Prob
     return "\n".join([text, *over]), {"kernels": [asdict(k) for k in kernels], "traffic": traffic}
 
 
-def _work() -> None:
-    asked = json.load(sys.stdin)
-    read_ = [read(scheme, dtype, tuple(cap), Config(**config)) for scheme, dtype, cap, config in asked]
-    print(json.dumps([asdict(kernel) for kernel in read_]))
+def _work(asked: list[Any]) -> dict[str, Any]:
+    scheme, dtype, capability, config = asked
+    return asdict(read(scheme, dtype, tuple(capability), Config(**config)))
 
 
 if __name__ == "__main__":
-    _work()
+    answer(_work)

@@ -8,6 +8,7 @@ knows no launch and no first wave of latency. Where the operator leaves the kern
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
@@ -69,23 +70,29 @@ class Traffic:
     partials: float
 
 
-def weight_bytes(fmt: Format, n: int, k: int) -> int:
+def weight_bytes(fmt: Format, n: int, k: int, density: float = BLOCK_DENSITY) -> int:
     """Bytes of the ``triton`` layout (see :mod:`qlinear.layout`), scales of 16 bits."""
     if fmt.block:
-        return fmt.weight_bytes(n, k, density=BLOCK_DENSITY)
+        return fmt.weight_bytes(n, k, density=density)
     rows, columns = -(-n // TILE_N) * TILE_N, -(-k // BLOCK_K) * BLOCK_K
     return rows * columns // BLOCK_K * fmt.block_bytes + rows * fmt.groups(columns) * (2 if fmt.symmetric else 4)
 
 
-def traffic(problem: Problem, fmt: Format, config: Config, capability: tuple[int, int] = (9, 0)) -> Traffic:
+def traffic(
+    problem: Problem,
+    fmt: Format,
+    config: Config,
+    capability: tuple[int, int] = (9, 0),
+    density: float = BLOCK_DENSITY,
+) -> Traffic:
     """What the matmul kernel moves; loads of tokens that do not exist are masked, and cost nothing."""
     _, _, m, n, k = problem
-    weight = weight_bytes(fmt, n, k)
+    weight = weight_bytes(fmt, n, k, density)
     x = m * k * token_bytes(fmt, torch.float16, capability)
     y = m * n * 2
     partials = 4 * m * n * config.split_k if config.split_k > 1 else 0
     tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
-    reads = tiles_n * (BLOCK_DENSITY if fmt.block else 1)
+    reads = tiles_n * (density if fmt.block else 1)
     return Traffic(weight, weight + x + y, weight * tiles_m + x * reads + 2 * partials + y, partials)
 
 
@@ -144,19 +151,27 @@ class Prediction:
 
 
 def predict(
-    problem: Problem, fmt: Format, config: Config, one: Step, unroll: int, blocks: int, machine: Machine
+    problem: Problem,
+    fmt: Format,
+    config: Config,
+    one: Step,
+    unroll: int,
+    blocks: int,
+    machine: Machine,
+    density: float = BLOCK_DENSITY,
 ) -> Prediction:
     """The time of the matmul kernel (for W8A8 after that of quantizing x).
 
     Args:
-        one: of the kernel's hot loop on ``machine``, which covers ``unroll`` blocks of 128 along K.
+        one: of the kernel's hot loop on ``machine``, which covers ``unroll`` blocks of 128 along K, or of the format's.
         blocks: what :func:`blocks_per_sm` says.
+        density: the share of blocks that a block-sparse weight stores, the same in every row of blocks.
     """
-    moved = traffic(problem, fmt, config, machine.capability)
+    moved = traffic(problem, fmt, config, machine.capability, density)
     programs = -(-problem.m // config.block_m) * -(-problem.n // config.block_n) * config.split_k
     per_sm = -(-programs // machine.sms)
     resident = min(blocks, per_sm)
-    blocks_of_k = -(-problem.k // BLOCK_K)
+    blocks_of_k = ceil(problem.k / fmt.block * density) if fmt.block else -(-problem.k // BLOCK_K)
     steps = -(-blocks_of_k // (config.split_k * unroll))
     # What one program waits for, others that share its multiprocessor fill.
     clocks = {"issue": one.issue, "tensor": one.tensor, "wait": one.alone / resident}

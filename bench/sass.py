@@ -101,12 +101,12 @@ class Instruction:
         named = {int(n) for n in re.findall(r"\bR(\d+)", sources)}
         return frozenset(named | {int(n) + 1 for n in re.findall(r"\bR(\d+)\.64", sources)})
 
-    @property
+    @cached_property
     def commits(self) -> bool:
         """Whether it closes a group of products that can be waited for."""
         return self.opcode == "UTCBAR" or (self.kind == "matrix" and "gsb0" in self.operands)
 
-    @property
+    @cached_property
     def waits(self) -> int | None:
         """Groups of products that may be unfinished when it is passed; None where it does not wait for any."""
         if self.opcode.startswith("WARPGROUP.DEPBAR"):
@@ -222,7 +222,7 @@ def _copied(instructions: Sequence[Instruction], threads: int) -> int:
 
 
 def loops(instructions: Sequence[Instruction]) -> Iterator[Loop]:
-    """A loop for every backward branch whose target is passed by all that reach the branch.
+    """A loop for every backward branch over matrix instructions whose target is passed by all that reach the branch.
 
     Not every backward branch closes a loop: where a product is waited for, the spinning stands at the end of the
     program, and jumps back into the middle of the loop it came from.
@@ -232,7 +232,8 @@ def loops(instructions: Sequence[Instruction]) -> Iterator[Loop]:
         target = branch.target
         if target is not None and target <= branch.address and target in place:
             begin = place[target]
-            if end not in _reached(instructions, place, begin):
+            matrix = any(i.kind == "matrix" for i in instructions[begin:end])
+            if matrix and end not in _reached(instructions, place, begin):
                 yield Loop(tuple(instructions[begin : end + 1]), tuple(instructions[:begin]))
 
 
@@ -259,7 +260,7 @@ def hot_loop(instructions: Sequence[Instruction]) -> Loop:
     Raises:
         ValueError: there is none.
     """
-    found = [loop for loop in loops(instructions) if loop.classes["matrix"]]
+    found = list(loops(instructions))
 
     def inside(inner: Loop, outer: Loop) -> bool:
         begins, ends = inner.body[0].address - outer.body[0].address, inner.body[-1].address - outer.body[-1].address

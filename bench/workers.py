@@ -10,26 +10,30 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-#: Processes at a time.
-WORKERS = 2
+#: Processes at a time: more than this many take more memory than they save time.
+WORKERS = min(8, max(2, os.cpu_count() or 2))
 ROOT = Path(__file__).parents[1]
 
 
 def ask(
-    command: Sequence[str], questions: Sequence[Any], answered: Callable[[], object] = lambda: None
+    command: Sequence[str],
+    questions: Sequence[Any],
+    answered: Callable[[int, dict[str, Any]], object] | None = None,
 ) -> list[dict[str, Any]]:
     """The answers of worker processes to questions, in order; each takes the next that is left.
 
     Args:
         command: what Python runs in a worker; the program calls :func:`answer`.
-        answered: called after every answer.
+        answered: called after every answer, in any order but one at a time, with its index and with it.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     queue = deque(range(len(questions)))
     results: dict[int, dict[str, Any]] = {}
+    lock = Lock()
 
     def serve() -> None:
         # A process that crashed took its question with it; the next one is put to a new process.
@@ -48,7 +52,9 @@ def ask(
                     print(json.dumps(questions[index]), file=worker.stdin, flush=True)
                     line = worker.stdout.readline()
                     results[index] = json.loads(line or '{"error": "the worker crashed"}')
-                    answered()
+                    if answered is not None:
+                        with lock:
+                            answered(index, results[index])
 
     with ThreadPoolExecutor(WORKERS) as pool:
         for served in [pool.submit(serve) for _ in range(min(WORKERS, len(questions)))]:

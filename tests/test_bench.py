@@ -68,6 +68,6 @@ def test_workers_answer_in_order_and_one_that_crashes_takes_its_question_with_it
     answer(double)
     """
     counted: list[int] = []
-    answers = ask(["-c", textwrap.dedent(code)], [1, 2, 3, 4, 5], lambda: counted.append(1))
+    answers = ask(["-c", textwrap.dedent(code)], [1, 2, 3, 4, 5], lambda index, _: counted.append(index))
     assert answers[:3] == [{"n": 2}, {"error": "ValueError('two')"}, {"n": 6}]
     assert answers[3:] == [{"error": "the worker crashed"}, {"n": 10}] and len(counted) == 5

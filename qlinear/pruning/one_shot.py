@@ -63,7 +63,7 @@ def prune(
     loss: scores.Loss | None = None,
     scheme: str | Scheme | None = None,
     damping: float = 0.01,
-    shrinkage: float = 0.0,
+    shrinkage: float = 0.25,
     block_size: int = 128,
     hessian_bytes: int = 4 << 30,
     progress: bool | None = None,
@@ -94,8 +94,8 @@ def prune(
         scheme: SparseGPT also rounds to this integer scheme in the same sweep: ``convert(model, scheme)`` then finds
             the very codes the sweep chose, also after the model was saved and loaded.
         damping: SparseGPT's addition to the Hessian's diagonal, as a share of its mean.
-        shrinkage: the share by which correlations between inputs are discounted: 0 is the paper's SparseGPT, and near 1
-            it ranks as Wanda does and changes no other weight. See :func:`qlinear.pruning.sparsegpt.shrunk`.
+        shrinkage: the share by which SparseGPT discounts correlations between inputs: 0 is the paper's, and near 1 it
+            ranks as Wanda does and changes no other weight. See :func:`qlinear.pruning.sparsegpt.shrunk` for why.
         block_size: columns that SparseGPT ranks together.
         hessian_bytes: the most bytes of Hessians held at a time where the model is no chain of blocks.
         progress: a progress bar on standard error; None shows it where the work is long.

@@ -28,6 +28,9 @@ def shrunk(hessian: Tensor, share: float) -> Tensor:
     few tokens show. Those of a language model's first position, an attention sink, are one in hundreds and far from the
     rest: on SmolLM2 the unshrunk update makes the outputs of q, k and up projections worse there than Wanda does, and
     all later positions read them. Damping by a share of the mean diagonal does not help: one huge input sets the mean.
+
+    SmolLM2-135M (float perplexity 14.69), half of all weights removed, calibrated on 32 x 512 tokens: 35.85 without and
+    32.76 with a share of 0.25 (Wanda 34.27); at 2:4 91.4 and 75.7 (Wanda 112.4).
     """
     diagonal = hessian.diagonal().clone()
     hessian.mul_(1 - share).diagonal().copy_(diagonal)
