@@ -1,6 +1,6 @@
-"""2:4 weights on this device: are both paths right, and which is faster, beside dense int4 and what PyTorch has.
+"""Sparse weights on this device: is every path right, and how fast, beside dense int4 and int8 and what PyTorch has.
 
-This decides whether the kernel on sparse tensor cores may become the default: so far no GPU has run it.
+Of 2:4 weights this decides whether the kernel on sparse tensor cores may become the default: so far no GPU has run it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qlinear.format import FORMATS
 from qlinear.kernels.graphs import replayed
 from qlinear.packing import PackedWeight, pack
 
-SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity == "2:4")
+SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity)
 #: Tokens of both tiles of the kernel on sparse tensor cores, and more than one tile of them.
 TOKENS = (1, 8, 16, 33)
 
@@ -33,9 +33,10 @@ def pruned(scheme: str, n: int, k: int, dtype: torch.dtype, device: torch.device
     return pack(weight, scheme, layout="triton", prune="magnitude")
 
 
-def layouts(job: Job) -> tuple[str, ...]:
-    """``mma.sp`` is for NVIDIA's GPUs."""
-    return ("triton", "mma.sp") if job.on_gpu and torch.version.hip is None else ("triton",)
+def layouts(scheme: str, job: Job) -> tuple[str, ...]:
+    """Those that kernels read; ``mma.sp`` is for 2:4 weights on NVIDIA's GPUs."""
+    fragments = FORMATS[scheme].sparsity == "2:4" and job.on_gpu and torch.version.hip is None
+    return ("triton", "mma.sp") if fragments else ("triton",)
 
 
 def sparse(job: Job) -> Result:
@@ -47,11 +48,7 @@ def sparse(job: Job) -> Result:
                 result["left_out"].append(f"{scheme} {dtype_name(dtype)}")
                 continue
             result["rows"] += _numerics(scheme, dtype, job)
-            result["failed"] = [
-                f"{r['scheme']} {r['layout']} {r['dtype']} M = {r['m']}: {r['problem']}"
-                for r in result["rows"]
-                if not r["ok"]
-            ]
+            result["failed"] = [_say(row) for row in result["rows"] if not row["ok"]]
             job.save(result)
     for m in TOKENS[:3]:
         if job.left < 3:
@@ -71,7 +68,7 @@ def _numerics(scheme: str, dtype: torch.dtype, job: Job) -> list[Result]:
     packed = pruned(scheme, n, k, dtype, job.device)
     dense = packed.dequantize(torch.float64)
     rows = []
-    for layout in layouts(job):
+    for layout in layouts(scheme, job):
         p = packed.to_layout(layout)
         for m in TOKENS:
             x = random_tokens(m, k, dtype, job.device)
@@ -82,11 +79,8 @@ def _numerics(scheme: str, dtype: torch.dtype, job: Job) -> list[Result]:
 
 
 def _product(x: Tensor, p: PackedWeight) -> Tensor:
-    if p.device.type == "cpu":
-        from qlinear.kernels.matmul import matmul
-
-        return matmul(x, p)
-    return ops.linear(x, p)
+    """The operator's kernels, through the interpreter where there is no GPU."""
+    return ops._linear_cuda(x, p, None, None) if p.device.type == "cpu" else ops.linear(x, p)
 
 
 def _times(m: int, job: Job) -> Result:
@@ -98,7 +92,7 @@ def _times(m: int, job: Job) -> Result:
     for scheme in (*SCHEMES, "w4a16", "w8a16"):
         fmt = FORMATS[scheme]
         packed = pack(weight, scheme, layout="triton", prune=None if fmt.sparsity is None else "magnitude")
-        for layout in layouts(job) if fmt.sparsity else ("triton",):
+        for layout in layouts(scheme, job):
             made[f"{scheme} {layout}"] = packed_side(packed.to_layout(layout))
     row: Result = {"m": m, "n": n, "k": k, "left_out": {}}
     try:
@@ -111,6 +105,6 @@ def _times(m: int, job: Job) -> Result:
     if job.on_gpu:
         times = replayed(calls, 5, job.sizes.seconds, job.device)
     else:
-        # Without a GPU the operators of 2:4 weights are other ones: only that a time is taken can be seen.
+        # Without a GPU the operators of sparse weights are other ones: only that a time is taken can be seen.
         times = in_turns({"F.linear float16": calls["F.linear float16"][0]}, 0.0)
     return row | {"us": {name: seconds * 1e6 for name, seconds in times.items()}}

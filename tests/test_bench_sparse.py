@@ -1,0 +1,45 @@
+"""Block-sparse layers in the benchmarks: what is predicted for a GPU, and what is measured here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import sparse, sparsity
+from bench.audit import audit, jobs_of
+from bench.problems import Problem
+from qlinear import reference
+from qlinear.machines import MACHINES
+
+
+def test_the_sparsity_from_which_on_blocks_are_as_fast(tmp_path: Path) -> None:
+    wanted = [Problem("m", "l", 1, 8192, 8192), Problem("m", "l", 4096, 8192, 8192)]
+    schemes = ["w4a16", "w4a16-block64", "w8a16-block64"]
+    audited = audit(jobs_of(wanted[:1], schemes, "sm_90", ["fp16"]), tmp_path)
+    found = sparsity.rows(audited, wanted, MACHINES["H200"])
+    # One token: bytes decide. int4 blocks have two scales where int4 in groups of 128 has one, int8 has twice the bits.
+    assert [(row["M"], row["scheme"], row["dense"], row["sparsity"]) for row in found] == [
+        (1, "w4a16-block64", "w4a16", 0.05),
+        (1, "w8a16-block64", "w4a16", 0.5),
+    ]
+    seconds = sparsity.timing(audited, MACHINES["H200"])
+    half, quarter = (seconds(wanted[0], "w8a16-block64", share) for share in (0.5, 0.25))
+    assert quarter == pytest.approx(half / 2, rel=0.02)
+    text = sparsity.as_table(found, MACHINES["H200"])
+    assert "8192 x 8192" in text and " 5%" in text and "50%" in text
+    assert "never" in sparsity.as_table([found[0] | {"sparsity": None}], MACHINES["H200"])
+
+
+def test_a_block_sparse_layer_is_timed_against_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"shape": (192, 320), "tokens": (1, 40), "sparsities": (0.5, 0.9), "seconds": 1e-3}
+    rows = sparse.measure(torch.bfloat16, torch.device("cpu"), **settings)
+    assert [(row["sparsity"], row["m"]) for row in rows] == [(0.5, 1), (0.5, 40), (0.9, 1), (0.9, 40)]
+    names = {"float", "w8a16", "w4a16-g64", *sparse.SCHEMES}
+    assert all(set(row["us"]) == names and min(row["us"].values()) > 0 for row in rows)
+    rows[0]["us"] |= {"float": 6.0, "w4a16-block64": 2.0, "w4a16-g64": 3.0}
+    assert "3.00x (1.50x)" in sparse.show(rows)
+    monkeypatch.setattr(reference, "matmul", lambda x, _: torch.ones(len(x), 192).double())
+    with pytest.raises(RuntimeError, match=r"w4a16-g64 is wrong here|w8a16 is wrong here"):
+        sparse.measure(torch.bfloat16, torch.device("cpu"), **settings)
