@@ -80,7 +80,7 @@ def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Te
     if packed.layout == "mma.sp":
         return _linear_fragments(x, packed, bias, dense)
     if packed.format.sparsity == "unstructured":
-        return _linear_bitmap(x, packed, bias)
+        return _linear_bitmap(x, packed, bias, dense)
     if packed.layout != "triton":
         return _linear_any(x, packed, bias, dense)
     if packed.format.block:
@@ -127,7 +127,9 @@ def _linear_blocks(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tens
     return block_linear_tensors(flat, weight, scale, index, packed.format, n, bias).view(*x.shape[:-1], n)
 
 
-def _linear_bitmap(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+def _linear_bitmap(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
+    if _usable(dense, x, packed.format):
+        return _linear_dense(x, dense, bias)
     from qlinear.kernels.bitmap import bitmap_linear_tensors, expanded_linear_tensors
 
     weight, scale, _, index = packed.tensors

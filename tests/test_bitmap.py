@@ -91,6 +91,19 @@ def test_the_operators_take_them(fmt, tokens, device):
     assert torch.equal(ops._dequantize_cuda(packed, torch.bfloat16), packed.dequantize(torch.bfloat16))
 
 
+def test_a_kept_copy_is_faster_for_any_number_of_tokens(device, monkeypatch):
+    fmt, n, k = FORMATS["w8a16-unstructured"], 70, 200
+    packed = to_device(random_packed(fmt, n, k, torch.float16), device)
+    monkeypatch.setattr(bitmap, "bitmap_linear_tensors", None)
+    x = random_tokens(1, k, torch.float16, device)
+    y = ops._linear_cuda(x, packed, None, packed.dequantize(torch.float16))
+    assert error(y, x.double() @ weight64(packed).t()) <= 1e-3
+    cuda = torch.device("cuda")
+    assert paths.paths(fmt, torch.float16, cuda, "plain", k, n, kept=True) == {1: "F.linear on the kept copy"}
+    few, many = paths.paths(fmt, torch.float16, cuda, "plain", k, n).items()
+    assert few == (1, "Triton expands tiles") and many == (65, "Triton expand + vendor matmul")
+
+
 def test_the_way_is_said():
     fmt = FORMATS["w8a16-unstructured"]
     few, _ = paths._path(fmt, torch.float16, 1, "cuda", "plain", 128, False, None)
