@@ -36,7 +36,7 @@ class Subject:
     unused: tuple[str, ...] = ()
 
 
-def encoder(no_download: bool, say: Callable[[str], None], documents: int = 60) -> Subject:
+def encoder(no_download: bool, say: Callable[[str], None], documents: int = 30) -> Subject:
     """all-MiniLM-L6-v2 in float32 on 50 documents whose similarity people rated; 300 others of that study calibrate it.
 
     Raises:
