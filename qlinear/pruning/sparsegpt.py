@@ -116,7 +116,9 @@ class _Block:
     """Some columns of a sweep; ``units`` counts the weights (or blocks) that their mask takes."""
 
     def __init__(self, work: Tensor, upper: Tensor, dead: Tensor, pattern: Pattern) -> None:
-        self._work, self._upper, self._dead, self._pattern = work, upper, dead, pattern
+        # A copy in which columns are contiguous: they are what is visited.
+        self._work = work.t().clone(memory_format=torch.contiguous_format).t()
+        self._upper, self._dead, self._pattern = upper, dead, pattern
         self._diagonal = upper.diagonal()
         self.units = 0
 
@@ -150,7 +152,7 @@ class _Block:
             if rounding is not None:
                 new = rounding.round(new)
             errors[:, j] = (work[:, j] - new) / self._diagonal[j]
-            work[:, j + 1 :] -= errors[:, j : j + 1] * self._upper[j, j + 1 :]
+            work[:, j + 1 :].addr_(errors[:, j], self._upper[j, j + 1 :], alpha=-1)
             result[:, j] = new
         return errors, result
 
@@ -159,5 +161,5 @@ class _Block:
 
         Those it has before would do for rounding alone, which moves them little; pruning half of them does not.
         """
-        parts = (self._work[:, group].clone(), self._upper[group, group], self._dead[group])
+        parts = (self._work[:, group], self._upper[group, group], self._dead[group])
         return _Block(*parts, self._pattern).run(None if mask is None else mask[:, group], None, 0)[1]
