@@ -45,7 +45,7 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", colu
     ``columns`` is the layer's in_features; only w8a8 asks for it.
     """
     if fmt.sparsity:
-        return cpu_sparse.path(fmt, tokens)
+        return cpu_sparse.path(fmt)
     if fmt.number == "e4m3":
         rounded = "activations rounded to e4m3 per token; " if fmt.quantized_activations else ""
         return "dequantize + F.linear", f"{rounded}no CPU operator for e4m3: saves memory, not time"

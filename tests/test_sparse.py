@@ -190,15 +190,18 @@ def test_an_index_that_contradicts_the_weight_is_refused_and_changes_nothing(sch
 
 
 @every_block
-def test_more_tokens_than_a_batch_on_a_cpu(fmt):
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_blocks_in_a_batch_and_by_rows_on_a_cpu(fmt, dtype, monkeypatch):
     """Both ways give the product, rows of blocks without any block included."""
-    weight = torch.randn(200, 333)
+    weight = torch.randn(200, 333).to(dtype)
     weight[64:128] = 0
     packed = qlinear.pack(weight, fmt.name, layout="plain", prune="magnitude")
-    for tokens in (1, cpu_sparse.BATCH_TOKENS, cpu_sparse.BATCH_TOKENS + 1):
-        x = torch.randn(tokens, 333)
+    for tokens, batched in ((1, True), (40, True), (40, False)):
+        monkeypatch.setattr(cpu_sparse, "BATCH_PRODUCTS", 1 << 30 if batched else 0)
+        # Large numbers: float16 holds the products of scaled weights only.
+        x = (30 * torch.randn(tokens, 333)).to(dtype)
         y = cpu_sparse.matmul(x, packed)
-        assert error(y, reference.matmul(x, packed)) <= fmt.max_error(torch.float32)
+        assert error(y, reference.matmul(x, packed)) <= fmt.max_error(dtype)
         assert not y[:, 64:128].any()
 
 
