@@ -39,14 +39,16 @@ class Plan:
 #: Neurons are ranked, never updated: SparseGPT has nothing to say of them.
 _RANKED = tuple(method for method in METHODS if method != "sparsegpt")
 _TWO_FOUR = Plan("2:4", 0.5, (None, "w8a16-2:4", "w4a16-2:4"))
+_BLOCKS = (None, "w8a16-block64", "w4a16-block64")
+_NEURONS = Plan("neurons", 0.25, (None, "w8a16", "w4a16"), _RANKED)
 PLANS = {
     "encoder": (
         *(Plan("unstructured", share) for share in _SHARES),
         _TWO_FOUR,
-        *(Plan("block64", share, (None, "w8a16-block64", "w4a16-block64")) for share in (0.25, 0.5)),
-        Plan("neurons", 0.25, (None, "w8a16", "w4a16"), _RANKED),
+        *(Plan("block64", share, _BLOCKS) for share in (0.25, 0.5)),
+        _NEURONS,
     ),
-    "language model": (Plan("unstructured", 0.5), _TWO_FOUR, Plan("neurons", 0.25, (None, "w8a16", "w4a16"), _RANKED)),
+    "language model": (Plan("unstructured", 0.5), _TWO_FOUR, Plan("block64", 0.25, _BLOCKS), _NEURONS),
 }
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qlinear.demo.source import require
+from qlinear.format import FORMATS
 from qlinear.pruning import METHODS
 
 _COLOURS = dict(zip(METHODS, ("tab:gray", "tab:orange", "tab:blue", "tab:green"), strict=False))
 _MARKERS = {"unstructured": "o", "2:4": "s", "block64": "D", "neurons": "^"}
+#: How markers are filled by the bits of the weights, and how far to the right they stand, so that all are seen.
+_FILLS = {16: ("full", 0.0), 8: ("none", 0.008), 4: ("top", 0.016)}
 
 
 def require_matplotlib() -> None:
@@ -36,21 +39,22 @@ def plot(models: Sequence[dict[str, Any]], path: Path) -> None:
 def _panel(axis: Any, model: dict[str, Any]) -> None:
     metric, whole = next(iter(model["float"]["quality"].items()))
     axis.axhline(whole, color="black", linewidth=1, label="float")
-    plain = [row for row in model["pruned"] if row["scheme"] == "float"]
-    for pattern in dict.fromkeys(row["pattern"] for row in plain):
-        for method in METHODS:
-            points = sorted(
-                (row["sparsity"], row["quality"][metric])
-                for row in plain
-                if (row["pattern"], row["method"]) == (pattern, method)
-            )
-            if points:
-                x, y = zip(*points, strict=True)
-                style = "-" if pattern == "unstructured" else "--"
-                axis.plot(x, y, style, marker=_MARKERS.get(pattern, "x"), color=_COLOURS[method])
+    curves: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    for row in model["pruned"]:
+        bits = FORMATS[row["scheme"]].bits if row["scheme"] in FORMATS else 16
+        curves.setdefault((row["pattern"], row["method"], bits), []).append((row["sparsity"], row["quality"][metric]))
+    for (pattern, method, bits), points in curves.items():
+        fill, shift = _FILLS[bits]
+        x, y = zip(*sorted(points), strict=True)
+        style = "" if bits < 16 else "-" if pattern == "unstructured" else "--"
+        marker = {"marker": _MARKERS.get(pattern, "x"), "fillstyle": fill, "color": _COLOURS[method]}
+        axis.plot([share + shift for share in x], y, linestyle=style, **marker)
     handles = [axis.plot([], [], color=_COLOURS[method], label=method)[0] for method in METHODS]
-    for pattern in dict.fromkeys(row["pattern"] for row in plain):
-        handles += axis.plot([], [], color="black", linestyle="none", marker=_MARKERS.get(pattern, "x"), label=pattern)
+    dots = {"color": "black", "linestyle": "none"}
+    for pattern in dict.fromkeys(pattern for pattern, _, _ in curves):
+        handles += axis.plot([], [], marker=_MARKERS.get(pattern, "x"), label=pattern, **dots)
+    for bits in sorted({bits for _, _, bits in curves} - {16}, reverse=True):
+        handles += axis.plot([], [], marker="o", fillstyle=_FILLS[bits][0], label=f"int{bits}", **dots)
     axis.legend(handles=handles, fontsize="small")
     if metric == "perplexity":
         axis.set_yscale("log")
