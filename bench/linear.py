@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from bench.timing import interleaved, rotating
-from qlinear import QLinear, reference
+from bench.sides import check
+from bench.timing import interleaved, on, rotating
+from qlinear import QLinear
 from qlinear.tables import table
 
 #: (out_features, in_features) of SmolLM2-135M's layers and of a Llama-3-8B one.
@@ -30,24 +31,13 @@ def measure(dtype: torch.dtype, shapes: Iterable[tuple[int, int]], seconds: floa
         layers = {scheme: [QLinear.from_float(layer, scheme) for layer in floats] for scheme in SCHEMES}
         for m in TOKENS:
             x = torch.randn(m, k).to(dtype)
-            for scheme, quantized in layers.items():
-                _check(x, quantized[0], scheme)
-            sides = {"float": rotating(floats, _on(x)), **{s: rotating(q, _on(x)) for s, q in layers.items()}}
+            for first, *_ in layers.values():
+                check(first(x), x, first.packed)
+            sides = {"float": rotating(floats, on(x)), **{s: rotating(q, on(x)) for s, q in layers.items()}}
             with torch.inference_mode():
                 times = interleaved(sides, rounds, seconds)
             rows.append({"n": n, "k": k, "m": m, "dtype": str(dtype)[6:], "us": {s: t * 1e6 for s, t in times.items()}})
     return rows
-
-
-def _on(x: Tensor) -> Callable[[nn.Module], object]:
-    return lambda layer: layer(x)
-
-
-def _check(x: Tensor, layer: QLinear, scheme: str) -> None:
-    wanted = reference.matmul(x, layer.packed)
-    error = ((layer(x).double() - wanted).norm() / wanted.norm()).item()
-    if not error <= layer.format.max_error(x.dtype):
-        raise RuntimeError(f"{scheme} is wrong here: relative error {error:.2e}; a wrong result gets no time")
 
 
 def show(rows: list[dict[str, Any]]) -> str:

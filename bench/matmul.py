@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bench import peers as others
 from bench.problems import LAYERS, TOKENS, Layer, layers_of
 from bench.sides import Side, Unavailable, float_side, operators, packed_side, quiet
-from bench.timing import in_turns, rotating
+from bench.timing import in_turns, on, rotating
 from qlinear import reference
 from qlinear.format import Scheme
 from qlinear.kernels.graphs import replayed
@@ -241,16 +241,12 @@ def _times(x: Tensor, entries: dict[str, _Entry], settings: Settings) -> dict[st
     if settings.device.type == "cuda":
         graphs = {key: [_bind(c, prepared[key]) for c in entry.side.calls] for key, entry in entries.items()}
         return replayed(graphs, settings.rounds, settings.seconds, settings.device)
-    sides = {key: rotating(entry.side.calls, _on(prepared[key])) for key, entry in entries.items()}
+    sides = {key: rotating(entry.side.calls, on(prepared[key])) for key, entry in entries.items()}
     return in_turns(sides, settings.seconds)
 
 
 def _bind(call: Callable[[Any], Any], x: Any) -> Callable[[], Any]:
     return lambda: call(x)
-
-
-def _on(x: Any) -> Callable[[Callable[[Any], Any]], Any]:
-    return lambda call: call(x)
 
 
 def _row(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlinear import ops
+from qlinear import ops, reference
 from qlinear.packing import PackedWeight
 
 #: Weights of a side rotate over this many times the last cache, but are never more than so many copies.
@@ -72,6 +72,15 @@ def packed_side(packed: PackedWeight) -> Side:
     """qlinear's operator."""
     count = _copies(packed.nbytes, packed.device)
     return Side([_packed_call(p) for p in (packed, *(_clone(packed) for _ in range(count - 1)))])
+
+
+def check(y: Tensor, x: Tensor, packed: PackedWeight) -> None:
+    """Raises a RuntimeError where ``y`` is not the product of x and a weight."""
+    wanted = reference.matmul(x, packed)
+    error = ((y.double() - wanted).norm() / wanted.norm()).item()
+    if not error <= packed.format.max_error(x.dtype):
+        name = packed.format.name
+        raise RuntimeError(f"{name} is wrong here: relative error {error:.2e}; a wrong result gets no time")
 
 
 def _clone(p: PackedWeight) -> PackedWeight:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.sides import Side, float_side, packed_side
-from bench.timing import in_turns, rotating
-from qlinear import reference
+from bench.sides import Side, check, float_side, packed_side
+from bench.timing import in_turns, on, rotating
 from qlinear.format import FORMATS
 from qlinear.packing import pack
 from qlinear.sparse import prune_weight
@@ -45,16 +44,12 @@ def measure(
         sides = dense | {name: _packed(pruned[name], name) for name in SCHEMES}
         for m in tokens:
             x = torch.randn(m, shape[1], generator=generator).to(dtype).to(device)
-            calls = {name: rotating(side.calls, _on(x)) for name, side in sides.items()}
+            calls = {name: rotating(side.calls, on(x)) for name, side in sides.items()}
             with torch.inference_mode():
                 times = in_turns(calls, seconds)
             us = {name: time * 1e6 for name, time in times.items()}
             rows.append({"dtype": str(dtype)[6:], "sparsity": sparsity, "m": m, "n": shape[0], "k": shape[1], "us": us})
     return rows
-
-
-def _on(x: Tensor) -> Callable[[Callable[[Tensor], Any]], Any]:
-    return lambda call: call(x)
 
 
 def _dense_schemes() -> list[str]:
@@ -69,10 +64,7 @@ def _packed(weight: Tensor, scheme: str) -> Side:
     side = packed_side(packed)
     for m in (3, 64):
         x = torch.randn(m, weight.shape[1]).to(weight)
-        wanted = reference.matmul(x, packed)
-        error = ((side.product(x).double() - wanted).norm() / wanted.norm()).item()
-        if not error <= packed.format.max_error(weight.dtype):
-            raise RuntimeError(f"{scheme} is wrong here: relative error {error:.2e}; a wrong result gets no time")
+        check(side.product(x), x, packed)
     return side
 
 

@@ -9,7 +9,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -58,6 +58,11 @@ def _clock(call: Callable[[], object], count: int) -> float:
     for _ in range(count):
         call()
     return time.perf_counter() - begin
+
+
+def on(x: Any) -> Callable[[Callable[[Any], Any]], Any]:
+    """What calls its argument with ``x``, for :func:`rotating`."""
+    return lambda call: call(x)
 
 
 def rotating(items: Sequence[T], call: Callable[[T], object]) -> Callable[[], object]:

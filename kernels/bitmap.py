@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from qlinear.format import Format
 from qlinear.kernels.checks import check_bitmap
-from qlinear.kernels.configs import Config, dense_rows
+from qlinear.kernels.configs import Config
+from qlinear.kernels.dequantize import linear_in_slices
 from qlinear.kernels.epilogue import share_partials, split_buffers, store_output
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, aligned, device_guard, target_of
 
@@ -189,13 +189,11 @@ def expanded_linear_tensors(
 ) -> Tensor:
     """As :func:`bitmap_linear_tensors`, for many tokens: expands some rows at a time for the vendor's matmul."""
     check_bitmap(x, weight, scale, index, fmt, out_features, bias)
-    (m, k), n, target = x.shape, out_features, target_of(x.device)
-    step = dense_rows(m, n, k, x.element_size(), target.num_sms, target.l2_bytes)
-    parts = [slice(start, min(start + step, n)) for start in range(0, n, step)]
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    for rows in parts:
-        y[:, rows] = F.linear(x, expand_tensors(weight, scale[rows], index[rows], fmt, k, x.dtype))
-    return y if bias is None else y.add_(bias)
+
+    def dense(start: int, stop: int) -> Tensor:
+        return expand_tensors(weight, scale[start:stop], index[start:stop], fmt, x.shape[1], x.dtype)
+
+    return linear_in_slices(x, out_features, dense, bias)
 
 
 def _pointers(weight: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
@@ -215,15 +213,10 @@ def bitmap_config(m: int, n: int, k: int, dtype: torch.dtype, target: Target) ->
 
 def bitmap_constexprs(fmt: Format, dtype: torch.dtype, config: Config, target: Target) -> dict[str, Any]:
     """The compile-time arguments of the matmul kernel for x in ``dtype``."""
-    precision = "tf32x3" if target.nvidia and dtype == torch.float32 else "ieee"
     tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "WORDS": _WORDS[dtype]}
-    return {"OFFSET": _zero_code(fmt), "PTX": target.nvidia, "PRECISION": precision, **tile}
+    return {"OFFSET": fmt.offset, "PTX": target.nvidia, "PRECISION": target.precision(dtype), **tile}
 
 
 def expand_constexprs(fmt: Format, target: Target) -> dict[str, Any]:
     """The compile-time arguments of the kernel that writes the dense weight."""
-    return {"OFFSET": _zero_code(fmt), "PTX": target.nvidia, "BLOCK_N": _EXPANDED_ROWS, "WORDS": _WORDS[torch.float16]}
-
-
-def _zero_code(fmt: Format) -> int:
-    return 0 if fmt.number == "float" else fmt.offset
+    return {"OFFSET": fmt.offset, "PTX": target.nvidia, "BLOCK_N": _EXPANDED_ROWS, "WORDS": _WORDS[torch.float16]}

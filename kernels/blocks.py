@@ -192,7 +192,7 @@ def block_constexprs(
         "SCALE_WEIGHT": config.scales_weight(fmt),
         "MASK_K": in_features % config.block_n != 0,
         "PTX": target.nvidia,
-        "PRECISION": "tf32x3" if target.nvidia and dtype == torch.float32 else "ieee",
+        "PRECISION": target.precision(dtype),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }

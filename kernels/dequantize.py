@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,20 +95,33 @@ def linear_tensors(
     index: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``x @ W^T + bias`` for many tokens x ``[M, K]``: dequantizes some rows at a time for the vendor's matmul."""
-    (m, k), target = x.shape, target_of(weight.device)
-    rows = dense_rows(m, out_features, k, x.element_size(), target.num_sms, target.l2_bytes)
-    if rows >= out_features:
-        dense = dequantize_tensors(weight, scale, fmt, out_features, k, x.dtype, index)
-        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    k = x.shape[1]
     check_weight(weight, scale, fmt, out_features, k, index)
-    y = torch.empty(m, out_features, dtype=x.dtype, device=x.device)
-    for start in range(0, out_features, rows):
-        stop = min(start + rows, out_features)
+
+    def dense(start: int, stop: int) -> Tensor:
         tiles = slice(start // TILE_N, -(-stop // TILE_N))
         parts = weight[tiles], scale if fmt.number == "float" else scale[tiles]
         places = None if index is None else index[tiles]
-        dense = dequantize_tensors(*parts, fmt, stop - start, k, x.dtype, places)
-        torch.mm(x, dense.t(), out=y[:, start:stop])
+        return dequantize_tensors(*parts, fmt, stop - start, k, x.dtype, places)
+
+    return linear_in_slices(x, out_features, dense, bias)
+
+
+def linear_in_slices(
+    x: Tensor, out_features: int, dense: Callable[[int, int], Tensor], bias: Tensor | None = None
+) -> Tensor:
+    """``x @ W^T + bias`` for x ``[M, K]`` by the vendor's matmul; ``dense(start, stop)`` makes those rows of W.
+
+    As many rows at a time as stay in the L2 cache.
+    """
+    (m, k), target = x.shape, target_of(x.device)
+    step = dense_rows(m, out_features, k, x.element_size(), target.num_sms, target.l2_bytes)
+    if step >= out_features:
+        return torch.nn.functional.linear(x, dense(0, out_features), None if bias is None else bias.to(x.dtype))
+    y = torch.empty(m, out_features, dtype=x.dtype, device=x.device)
+    for start in range(0, out_features, step):
+        stop = min(start + step, out_features)
+        torch.mm(x, dense(start, stop).t(), out=y[:, start:stop])
     return y if bias is None else y.add_(bias)
 
 

@@ -150,7 +150,7 @@ def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config
         "MASK_K": in_features % BLOCK_K != 0,
         "PTX": target.nvidia,
         # float32 on tensor cores: the sum of three TF32 products is as exact as float32's own.
-        "PRECISION": "tf32x3" if target.nvidia and dtype == torch.float32 else "ieee",
+        "PRECISION": target.precision(dtype),
         "UNIT": decoder.units.get(dtype, 1.0),
         "FLOAT": fmt.number == "float",
         "BLOCK_M": config.block_m,

@@ -39,6 +39,10 @@ class Target(NamedTuple):
         """
         return not self.interpreted and has_fp8(self.capability)
 
+    def precision(self, dtype: torch.dtype) -> str:
+        """How products of ``dtype`` are taken: of float32 as three of TF32 where tensor cores know it."""
+        return "tf32x3" if self.nvidia and dtype == torch.float32 else "ieee"
+
 
 def has_fp8(capability: Capability) -> bool:
     """Whether tensor cores multiply e4m3: NVIDIA's do from capability 8.9 on; AMD's gfx942 has another e4m3."""

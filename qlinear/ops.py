@@ -121,10 +121,7 @@ def _linear_fragments(x: Tensor, packed: PackedWeight, bias: Tensor | None, dens
 def _linear_blocks(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     from qlinear.kernels.blocks import block_linear_tensors
 
-    weight, scale, _, index = packed.tensors
-    assert index is not None
-    flat, n = x.reshape(-1, packed.in_features), packed.out_features
-    return block_linear_tensors(flat, weight, scale, index, packed.format, n, bias).view(*x.shape[:-1], n)
+    return _by_index(block_linear_tensors, x, packed, bias)
 
 
 def _linear_bitmap(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
@@ -132,11 +129,15 @@ def _linear_bitmap(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: 
         return _linear_dense(x, dense, bias)
     from qlinear.kernels.bitmap import bitmap_linear_tensors, expanded_linear_tensors
 
-    weight, scale, _, index = packed.tensors
-    assert index is not None
+    many = x.numel() > UNSTRUCTURED_TOKENS * packed.in_features
+    return _by_index(expanded_linear_tensors if many else bitmap_linear_tensors, x, packed, bias)
+
+
+def _by_index(kernel: Callable[..., Tensor], x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    """By a kernel of symmetric sparse weights, which takes a matrix of tokens."""
     flat, n = x.reshape(-1, packed.in_features), packed.out_features
-    linear = expanded_linear_tensors if flat.shape[0] > UNSTRUCTURED_TOKENS else bitmap_linear_tensors
-    return linear(flat, weight, scale, index, packed.format, n, bias).view(*x.shape[:-1], n)
+    y = kernel(flat, packed.weight, packed.scale, packed.index, packed.format, n, bias)
+    return y.view(*x.shape[:-1], n)
 
 
 def _linear_any(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:

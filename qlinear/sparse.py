@@ -68,7 +68,7 @@ def _compress_blocks(
     dense: Tensor, scale: Tensor, kept: Tensor, fmt: Format, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     present = blocks_of(kept, size).flatten(2).any(2)
-    values = blocks_of(dense, size, 0 if fmt.number == "float" else fmt.offset)[present]
+    values = blocks_of(dense, size, fmt.offset)[present]
     if fmt.group_size:
         # [N, G] -> [rows of blocks, G, size], a scale for every row of a block
         scale = F.pad(scale, (0, 0, 0, -len(scale) % size)).unflatten(0, (-1, size)).transpose(1, 2)[present]
@@ -144,7 +144,7 @@ def unpack_values(weight: Tensor, scale: Tensor, fmt: Format, length: int) -> Te
 def fill(zero: Tensor | None, fmt: Format, like: Tensor, k: int) -> Tensor:
     """What stands for zero: zero points ``[N, G]`` along K, or a number ``[]`` in the dtype of the codes ``like``."""
     if zero is None:
-        return like.new_full((), 0 if fmt.number == "float" else fmt.offset)
+        return like.new_full((), fmt.offset)
     return zero.repeat_interleave(fmt.group_size or k, dim=1)[:, :k]
 
 

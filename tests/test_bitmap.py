@@ -7,7 +7,7 @@ from models import random_packed
 
 from qlinear import ops, paths
 from qlinear.format import FORMATS
-from qlinear.kernels import bitmap
+from qlinear.kernels import bitmap, dequantize
 from qlinear.kernels.bitmap import bitmap_linear_tensors, expand_tensors
 from qlinear.kernels.runtime import Target
 from qlinear.packing import pack
@@ -71,7 +71,7 @@ def test_many_tokens_are_multiplied_by_slices(fmt, device, monkeypatch):
     packed = to_device(random_packed(fmt, 300, 200, torch.float16), device)
     rows = []
     real = bitmap.expand_tensors
-    monkeypatch.setattr(bitmap, "dense_rows", lambda *_: 128)
+    monkeypatch.setattr(dequantize, "dense_rows", lambda *_: 128)
     monkeypatch.setattr(bitmap, "expand_tensors", lambda *a: rows.append(len(a[2])) or real(*a))
     x = random_tokens(paths.UNSTRUCTURED_TOKENS + 1, 200, torch.float16, device)
     y = ops._linear_cuda(x, packed, torch.ones(300, device=device), None)

@@ -37,7 +37,7 @@ class Subject:
 
 
 def encoder(no_download: bool, say: Callable[[str], None], documents: int = 30) -> Subject:
-    """all-MiniLM-L6-v2 in float32 on 50 documents whose similarity people rated; 300 others of that study calibrate it.
+    """all-MiniLM-L6-v2 in float32 on 50 documents whose similarity people rated; 30 others of that study calibrate it.
 
     Raises:
         qlinear.demo.wheels.SourceError: the model or the documents cannot be had.
