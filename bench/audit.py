@@ -9,7 +9,6 @@ weights of one iteration.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -18,10 +17,9 @@ from typing import Any
 import torch
 
 from bench import sass
-from bench.cubins import DTYPES, Job, compile_all, cubin_name, disassemble
+from bench.cubins import DTYPES, Job, read_all
 from bench.predict import BLOCK_DENSITY, Resources, Step, blocks_per_sm, dequantizes, macs_per_clock, step
 from bench.problems import Problem
-from bench.workers import WORKERS
 from qlinear.format import BLOCK_K, FORMATS, Format
 from qlinear.kernels.blocks import choose_block_config
 from qlinear.kernels.configs import Config, choose_config, multiplies_bytes, token_bytes
@@ -29,8 +27,6 @@ from qlinear.machines import MACHINES, Machine, arch_name
 
 #: Those whose kernels are counted.
 SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity != "unstructured")
-#: Kernels that are disassembled in one run (see :func:`bench.cubins.disassemble`).
-_TOGETHER = 32
 CAPABILITIES = {machine.arch: machine.capability for machine in MACHINES.values()}
 
 
@@ -236,26 +232,4 @@ def audit(jobs: dict[Job, Problem], dump: Path) -> dict[Job, Audited]:
     Raises:
         RuntimeError: one does not compile.
     """
-    dump.mkdir(parents=True, exist_ok=True)
-    programs: dict[Job, list[sass.Instruction]] = {}
-    waiting: dict[tuple[int, int], list[Job]] = {}
-
-    def read(capability: tuple[int, int], group: Sequence[Job]) -> None:
-        cubins = [(dump / cubin_name(job)).read_bytes() for job in group]
-        programs.update(zip(group, disassemble(cubins, capability), strict=True))
-
-    # What is compiled is disassembled while others compile.
-    with ThreadPoolExecutor(WORKERS) as pool:
-
-        def compiled(job: Job) -> None:
-            group = waiting.setdefault(job.capability, [])
-            group.append(job)
-            if len(group) == _TOGETHER:
-                batches.append(pool.submit(read, job.capability, waiting.pop(job.capability)))
-
-        batches: list[Future[None]] = []
-        used = compile_all(list(jobs), dump, compiled)
-        batches += [pool.submit(read, capability, group) for capability, group in waiting.items()]
-        for batch in batches:
-            batch.result()
-    return {job: read_kernel(job, problem, programs[job], used[job]) for job, problem in jobs.items()}
+    return read_all(list(jobs), dump, lambda job, program, used: read_kernel(job, jobs[job], program, used))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench import fragments, sparsity
-from bench.audit import Audited, audit, job_and_config, jobs_of, steps
+from bench.audit import Audited, job_and_config, jobs_of, read_kernel, steps
 from bench.budgets import KNOWN, excesses
-from bench.cubins import DTYPES, Job
+from bench.cubins import DTYPES, Job, read_all
 from bench.predict import Prediction, dequantizes, predict, traffic
 from bench.problems import Problem, problems
+from bench.sass import Instruction
 from qlinear.kernels.crossover import dequantize_seconds, vendor_seconds
 from qlinear.machines import MACHINES, Machine
 from qlinear.tables import table
@@ -32,14 +32,18 @@ def run(
     jobs: dict[Job, Problem] = {}
     for arch in archs:
         jobs |= jobs_of(wanted, schemes, arch)
+    mma_sp = fragments.jobs_of(archs, schemes)
+
+    def read(job: Job, program: Sequence[Instruction], used: dict[str, Any]) -> Audited | fragments.Fragments:
+        return fragments.read(job, program, used) if job.mma_sp else read_kernel(job, jobs[job], program, used)
+
     with tempfile.TemporaryDirectory() as scratch:
-        audited = audit(jobs, dump or Path(scratch))
+        kernels = read_all([*jobs, *mma_sp], dump or Path(scratch), read)
+    audited = {job: kernel for job, kernel in kernels.items() if isinstance(kernel, Audited)}
+    fragmented = [kernel for kernel in kernels.values() if isinstance(kernel, fragments.Fragments)]
     machines = [machine for machine in MACHINES.values() if machine.arch in archs]
-    # Its kernels compile while the others are made into tables.
-    with ThreadPoolExecutor(1) as pool:
-        fragmented = pool.submit(fragments.report, archs, schemes, wanted)
-        parts, data = _tables(audited, wanted, schemes, machines)
-    sparse, data["sparse"] = fragmented.result()
+    parts, data = _tables(audited, wanted, schemes, machines)
+    sparse, data["sparse"] = fragments.report(fragmented, wanted)
     return "\n\n".join([*parts[:-1], *([sparse] if sparse else []), parts[-1]]), data
 
 

@@ -5,27 +5,32 @@ Run as a program this file is the worker (see :mod:`bench.workers`).
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 import sys
 import tempfile
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from bench.sass import Instruction, parse
+from bench.sass import Instruction, parse_programs
 from bench.workers import answer, ask
 from qlinear.format import FORMATS, Format
 from qlinear.kernels.configs import Config
 from qlinear.machines import arch_name
 
+T = TypeVar("T")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+#: Kernels that are disassembled in one run (see :func:`disassemble`).
+_TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -36,42 +41,58 @@ class Job:
     dtype: str
     capability: tuple[int, int]
     config: Config
+    #: The kernel on sparse tensor cores.
+    mma_sp: bool = False
 
     @property
     def format(self) -> Format:
         return FORMATS[self.scheme]
 
     def __str__(self) -> str:
-        tile = str(self.config).rpartition("-k")[0]
+        tile = str(self.config).rpartition("-k")[0] + "-mma.sp" * self.mma_sp
         return f"{self.scheme}-{self.dtype}-{arch_name(self.capability)}-{tile}"
 
 
-def compile_all(
-    jobs: Sequence[Job], dump: Path, compiled: Callable[[Job], object] = lambda _: None
-) -> dict[Job, dict[str, Any]]:
-    """Compiles in worker processes, each taking the largest tile that is left; says what each kernel uses.
+def read_all(
+    jobs: Sequence[Job], dump: Path, read: Callable[[Job, Sequence[Instruction], dict[str, Any]], T]
+) -> dict[Job, T]:
+    """Compiles kernels in worker processes, the largest tiles first, and reads the machine code of what is compiled.
 
     Args:
-        compiled: called, from any thread, for every kernel that lies in ``dump``.
+        dump: where the cubins stay.
+        read: called for every kernel with its instructions and what the worker says that it uses.
 
     Raises:
         RuntimeError: one does not compile.
     """
+    dump.mkdir(parents=True, exist_ok=True)
     ordered = sorted(jobs, key=lambda job: job.config.block_m * job.config.block_n, reverse=True)
-    command = ["-m", "bench.cubins", str(dump)]
-    with tqdm(total=len(jobs), desc="compiling", unit="kernel", disable=None) as progress:
+    waiting: dict[tuple[int, int], list[tuple[Job, dict[str, Any]]]] = {}
+    batches: list[Future[list[tuple[Job, T]]]] = []
 
-        def answered(index: int, result: dict[str, Any]) -> None:
+    def read_some(some: Sequence[tuple[Job, dict[str, Any]]]) -> list[tuple[Job, T]]:
+        programs = disassemble([(dump / used["cubin"]).read_bytes() for _, used in some], some[0][0].capability)
+        return [(job, read(job, program, used)) for (job, used), program in zip(some, programs, strict=True)]
+
+    # One thread disassembles and reads while the workers compile.
+    total, command = len(jobs), ["-m", "bench.cubins", str(dump)]
+    with ThreadPoolExecutor(1) as pool, tqdm(total=total, desc="compiling", unit="kernel", disable=None) as progress:
+
+        def answered(index: int, used: dict[str, Any]) -> None:
             progress.update()
-            if "cubin" in result:
-                compiled(ordered[index])
+            job = ordered[index]
+            if "cubin" in used:
+                waiting.setdefault(job.capability, []).append((job, used))
+                if len(waiting[job.capability]) == _TOGETHER:
+                    batches.append(pool.submit(read_some, waiting.pop(job.capability)))
 
         answers = ask(command, [asdict(job) for job in ordered], answered)
-    results = dict(zip(ordered, answers, strict=True))
-    for job in jobs:
-        if "cubin" not in results[job]:
-            raise RuntimeError(f"{job} does not compile: {results[job].get('error')}")
-    return results
+        for job, used in zip(ordered, answers, strict=True):
+            if "cubin" not in used:
+                raise RuntimeError(f"{job} does not compile: {used.get('error')}")
+        batches += [pool.submit(read_some, some) for some in waiting.values()]
+        found = dict(pair for batch in batches for pair in batch.result())
+    return {job: found[job] for job in jobs}
 
 
 def cubin_name(job: Job) -> str:
@@ -112,32 +133,28 @@ def disassemble(cubins: Sequence[bytes], capability: tuple[int, int]) -> list[li
         file.flush()
         command = [str(tool), "-ndf", "-b", arch, file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    everything = parse(listing)
-    addresses, result, begin = [i.address for i in everything], [], 0
-    for code in codes:
-        end = begin + len(code)
-        mine = everything[bisect_left(addresses, begin) : bisect_left(addresses, end)]
-        result.append([_moved(i, begin) for i in mine])
-        begin = end
-    return result
+    return parse_programs(listing, [0, *accumulate(map(len, codes[:-1]))])
 
 
-def _moved(i: Instruction, by: int) -> Instruction:
-    operands = i.operands
-    if i.target is not None:
-        operands = operands[: operands.rindex("0x")] + hex(i.target - by)
-    return Instruction(i.address - by, i.predicate, i.opcode, operands)
+def conversions(ttgir: str) -> int:
+    """Changes of layout and trips through shared memory in the first loop of a kernel, which is the one along K."""
+    found = re.search(r"^( *)[^\n]*scf\.for .*?^\1\}", ttgir, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise ValueError("the kernel has no loop")
+    return len(re.findall(r"ttg\.(?:convert_layout|local_load|local_store|local_alloc)", found[0]))
 
 
 def _compile(fields: dict[str, Any], dump: Path) -> dict[str, Any]:
-    from qlinear.kernels.compile import compile_blocks, compile_matmul, usage
+    from qlinear.kernels.compile import compile_blocks, compile_fragments, compile_matmul, usage
 
-    job = Job(fields["scheme"], fields["dtype"], tuple(fields["capability"]), Config(**fields["config"]))
-    compile_job = compile_blocks if job.format.block else compile_matmul
+    job = Job(**fields | {"capability": tuple(fields["capability"]), "config": Config(**fields["config"])})
+    compile_job = compile_fragments if job.mma_sp else compile_blocks if job.format.block else compile_matmul
     compiled = compile_job(job.format, DTYPES[job.dtype], job.config, job.capability)
     (dump / cubin_name(job)).write_bytes(compiled.asm["cubin"])
     used = asdict(usage(compiled))
     result = {name: used[name] for name in ("registers", "spilled", "shared")}
+    if job.mma_sp:
+        result["conversions"] = conversions(compiled.asm["ttgir"])
     return result | {"tensor_columns": compiled.metadata.tmem_size or 0, "cubin": cubin_name(job)}
 
 

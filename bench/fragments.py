@@ -1,23 +1,19 @@
 """The kernel on sparse tensor cores in the audit: what its code costs, and what it moves through the L2 cache.
 
-Run as a program this file is the worker (see :mod:`bench.workers`).
-
 It loads through registers, a step ahead, and no copy or product tells how it is unrolled but the sparse ones, which
 skip half of what they multiply: so it is counted apart from the other kernels (see :mod:`bench.audit`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench import sass
-from bench.cubins import DTYPES, disassemble
+from bench.cubins import DTYPES, Job
 from bench.predict import weight_bytes
 from bench.problems import Problem
-from bench.workers import answer, ask
 from qlinear.format import FORMATS, Format
 from qlinear.kernels.configs import Config
 from qlinear.machines import MACHINES, arch_name
@@ -57,47 +53,32 @@ class Fragments:
         return f"{self.scheme}-{self.dtype}-{self.arch}-{self.config} (mma.sp)"
 
 
-#: scheme, dtype, capability, configuration
-Job = tuple[str, str, tuple[int, int], Config]
+def jobs_of(archs: Sequence[str], schemes: Sequence[str]) -> list[Job]:
+    """Every kernel of the schemes that ships, for the architectures that have such cores."""
+    from qlinear.kernels.mma_sp import shipped_fragment_configs
+
+    capabilities = [m.capability for m in MACHINES.values() if m.arch in archs and m.capability[0] < 10]
+    return [
+        Job(scheme, dtype, capability, config, mma_sp=True)
+        for capability in dict.fromkeys(capabilities)
+        for scheme in schemes
+        if scheme in SCHEMES
+        for dtype in DTYPES
+        for config in shipped_fragment_configs()
+    ]
 
 
-def read_all(jobs: Sequence[Job]) -> list[Fragments]:
-    """Compiles the kernels in worker processes, and counts their loops.
-
-    Raises:
-        RuntimeError: one does not compile.
-    """
-    answers = ask(["-m", "bench.fragments"], [(*job[:3], asdict(job[3])) for job in jobs])
-    for job, fields in zip(jobs, answers, strict=True):
-        if "error" in fields:
-            raise RuntimeError(f"the kernel on sparse tensor cores of {job} does not compile: {fields['error']}")
-    return [Fragments(**fields) for fields in answers]
-
-
-def read(scheme: str, dtype: str, capability: tuple[int, int], config: Config) -> Fragments:
-    """Compiles one kernel, in a process that does not interpret, and counts its loop."""
-    from qlinear.kernels.compile import compile_fragments, usage
-
-    fmt = FORMATS[scheme]
-    compiled = compile_fragments(fmt, DTYPES[dtype], config, capability)
-    (program,) = disassemble([compiled.asm["cubin"]], capability)
-    loop, used = hot_loop(program), usage(compiled)
+def read(job: Job, program: Sequence[sass.Instruction], used: Mapping[str, Any]) -> Fragments:
+    """Counts one kernel; ``used`` is what the worker said of it."""
+    fmt, config, loop = job.format, job.config, hot_loop(program)
     slots, unroll = slots_per_weight(loop, fmt, config)
     # Of a step: a tile's words and metadata, 128 rows to a warp.
     step = config.num_warps * 128 * _MMA_K * fmt.planes // 128 * fmt.block_bytes
     return Fragments(
-        scheme, dtype, arch_name(capability), str(config).rpartition("-k")[0], slots, used.registers, used.spilled,
-        used.shared, loop.matrix_kinds, loop.classes["load"], len(loop.loads_consumed()), loop.shortest_load(),
-        conversions(compiled.asm["ttgir"]), step * unroll,
+        job.scheme, job.dtype, arch_name(job.capability), str(config).rpartition("-k")[0], slots, used["registers"],
+        used["spilled"], used["shared"], loop.matrix_kinds, loop.classes["load"], len(loop.loads_consumed()),
+        loop.shortest_load(), used["conversions"], step * unroll,
     )  # fmt: skip
-
-
-def conversions(ttgir: str) -> int:
-    """Changes of layout and trips through shared memory in the first loop of a kernel, which is the one along K."""
-    found = re.search(r"^( *)[^\n]*scf\.for .*?^\1\}", ttgir, re.MULTILINE | re.DOTALL)
-    if found is None:
-        raise ValueError("the kernel has no loop")
-    return len(re.findall(r"ttg\.(?:convert_layout|local_load|local_store|local_alloc)", found[0]))
 
 
 def hot_loop(program: Sequence[sass.Instruction]) -> sass.Loop:
@@ -131,20 +112,10 @@ def l2_per_weight_byte(problem: Problem, fmt: Format, config: Config) -> float:
     return (weight * tiles_m + 2 * m * k * tiles_n + partials + 2 * m * n) / weight
 
 
-def report(archs: Sequence[str], schemes: Sequence[str], problems: Iterable[Problem]) -> tuple[str, dict[str, Any]]:
+def report(kernels: Sequence[Fragments], problems: Iterable[Problem]) -> tuple[str, dict[str, Any]]:
     """Kernels, and the L2 traffic of every problem of at most 16 tokens: as text and as data."""
-    from qlinear.kernels.mma_sp import choose_fragment_config, shipped_fragment_configs
+    from qlinear.kernels.mma_sp import choose_fragment_config
 
-    capabilities = [m.capability for m in MACHINES.values() if m.arch in archs and m.capability[0] < 10]
-    jobs = [
-        (scheme, dtype, capability, config)
-        for capability in dict.fromkeys(capabilities)
-        for scheme in schemes
-        if scheme in SCHEMES
-        for dtype in DTYPES
-        for config in shipped_fragment_configs()
-    ]
-    kernels = read_all(jobs) if jobs else []
     if not kernels:
         return "", {"kernels": [], "traffic": []}
     rows = [
@@ -166,12 +137,3 @@ def report(archs: Sequence[str], schemes: Sequence[str], problems: Iterable[Prob
         f"{k}: {k.slots_per_weight:.2f} slots per weight, not {SLOTS}" for k in kernels if k.slots_per_weight > SLOTS
     ]
     return "\n".join([text, *over]), {"kernels": [asdict(k) for k in kernels], "traffic": traffic}
-
-
-def _work(asked: list[Any]) -> dict[str, Any]:
-    scheme, dtype, capability, config = asked
-    return asdict(read(scheme, dtype, tuple(capability), Config(**config)))
-
-
-if __name__ == "__main__":
-    answer(_work)

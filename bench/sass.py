@@ -7,12 +7,14 @@ descriptor of tcgen05, from the PTX manual.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
+_TARGET = re.compile(r"0x([0-9a-f]+)$")
 _WARPGROUP_MMA = re.compile(r"[A-Z]GMMA\.(\d+)x(\d+)x(\d+)")
 #: m, n and k are written without a sign between them; m is 16 and n is 8 in all that Triton emits.
 _WARP_MMA = re.compile(r"[A-Z]MMA\.168(\d+)")
@@ -49,20 +51,16 @@ class Instruction:
     #: With its modifiers, as in ``LDG.E.128``.
     opcode: str
     operands: str
+    #: The address a branch goes to.
+    target: int | None = None
 
     def __str__(self) -> str:
         return f"{self.opcode} {self.operands}"
 
-    @cached_property
+    @property
     def kind(self) -> str:
         """A key of CLASSES."""
         return _kind(self.opcode)
-
-    @cached_property
-    def target(self) -> int | None:
-        """The address a branch goes to."""
-        found = re.search(r"0x([0-9a-f]+)$", self.operands) if self.opcode.startswith(("BRA", "CALL")) else None
-        return int(found[1], 16) if found else None
 
     @property
     def ends(self) -> bool:
@@ -121,7 +119,22 @@ def _kind(opcode: str) -> str:
 
 def parse(listing: str) -> list[Instruction]:
     """The instructions of what nvdisasm or cuobjdump prints, with branch targets as addresses."""
-    return [Instruction(int(a, 16), p, op, rest.strip()) for a, p, op, rest in _LINE.findall(listing)]
+    (program,) = parse_programs(listing, [0])
+    return program
+
+
+def parse_programs(listing: str, begins: Sequence[int]) -> list[list[Instruction]]:
+    """As :func:`parse`, for programs that stand one after the other from these addresses on: each begins at 0."""
+    programs: list[list[Instruction]] = [[] for _ in begins]
+    for address, predicate, opcode, operands in _LINE.findall(listing):
+        at = int(address, 16)
+        which = bisect_right(begins, at) - 1
+        begin, operands, target = begins[which], operands.strip(), None
+        if opcode.startswith(("BRA", "CALL")) and (found := _TARGET.search(operands)):
+            target = int(found[1], 16) - begin
+            operands = operands[: found.start()] + hex(target)
+        programs[which].append(Instruction(at - begin, predicate, opcode, operands, target))
+    return programs
 
 
 @dataclass(frozen=True)
@@ -228,30 +241,34 @@ def loops(instructions: Sequence[Instruction]) -> Iterator[Loop]:
     program, and jumps back into the middle of the loop it came from.
     """
     place = {i.address: at for at, i in enumerate(instructions)}
-    for end, branch in enumerate(instructions):
-        target = branch.target
-        if target is not None and target <= branch.address and target in place:
-            begin = place[target]
-            matrix = any(i.kind == "matrix" for i in instructions[begin:end])
-            if matrix and end not in _reached(instructions, place, begin):
-                yield Loop(tuple(instructions[begin : end + 1]), tuple(instructions[:begin]))
+    goes = [None if i.target is None else place.get(i.target) for i in instructions]
+    ends = [i.ends for i in instructions]
+    for end, begin in enumerate(goes):
+        if begin is None or begin > end:
+            continue
+        if any(i.kind == "matrix" for i in instructions[begin:end]) and not _reaches(end, goes, ends, begin):
+            yield Loop(tuple(instructions[begin : end + 1]), tuple(instructions[:begin]))
 
 
-def _reached(instructions: Sequence[Instruction], place: dict[int, int], avoided: int) -> set[int]:
-    """The positions that are reached from the first without passing ``avoided``."""
-    seen: set[int] = set()
-    waiting = [0]
+def _reaches(wanted: int, goes: Sequence[int | None], ends: Sequence[bool], avoided: int) -> bool:
+    """Whether a position is reached from the first without passing ``avoided``.
+
+    Args:
+        goes: the position that each instruction may branch to.
+        ends: whether what stands after it is not reached from it.
+    """
+    seen, waiting = {avoided}, [0]
     while waiting:
         at = waiting.pop()
-        if at in seen or at == avoided or at >= len(instructions):
-            continue
-        seen.add(at)
-        instruction = instructions[at]
-        if instruction.target in place:
-            waiting.append(place[instruction.target])
-        if not instruction.ends:
-            waiting.append(at + 1)
-    return seen
+        while at < len(goes) and at not in seen:
+            seen.add(at)
+            branch = goes[at]
+            if branch is not None:
+                waiting.append(branch)
+            if ends[at]:
+                break
+            at += 1
+    return wanted != avoided and wanted in seen
 
 
 def hot_loop(instructions: Sequence[Instruction]) -> Loop:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from bench import fragments
+from bench import cubins, fragments
+from bench.cubins import Job
 from bench.problems import Problem
 from qlinear.format import FORMATS
 from qlinear.kernels.mma_sp import choose_fragment_config, shipped_fragment_configs
 
 FEW, MORE = shipped_fragment_configs()
 #: Every format, dtype, architecture and configuration at least once.
-JOBS: list[fragments.Job] = [
-    ("w4a16-2:4", "fp16", (9, 0), FEW),
-    ("w4a16-2:4", "fp16", (9, 0), MORE),
-    ("w4a16-asym-2:4", "bf16", (9, 0), MORE),
-    ("w8a16-2:4", "bf16", (8, 0), FEW),
-    ("w16a16-2:4", "fp16", (8, 9), MORE),
+JOBS = [
+    Job("w4a16-2:4", "fp16", (9, 0), FEW, mma_sp=True),
+    Job("w4a16-2:4", "fp16", (9, 0), MORE, mma_sp=True),
+    Job("w4a16-asym-2:4", "bf16", (9, 0), MORE, mma_sp=True),
+    Job("w8a16-2:4", "bf16", (8, 0), FEW, mma_sp=True),
+    Job("w16a16-2:4", "fp16", (8, 9), MORE, mma_sp=True),
 ]
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[fragments.Fragments]:
-    return fragments.read_all(JOBS)
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[fragments.Fragments]:
+    return list(cubins.read_all(JOBS, tmp_path_factory.mktemp("cubins"), fragments.read).values())
 
 
 def test_numbers_go_from_memory_into_the_product(kernels: list[fragments.Fragments]) -> None:
@@ -58,9 +61,9 @@ def test_traffic_through_the_cache(m: int, n: int, k: int, within: bool) -> None
 def test_changes_of_layout_are_counted() -> None:
     loop = "  %0 = scf.for %i {\n    ttg.convert_layout\n    ttg.local_load\n  }\n"
     text = f"  a = ttg.convert_layout b\n{loop}  ttg.convert_layout\n"
-    assert fragments.conversions(text) == 2
+    assert cubins.conversions(text) == 2
     with pytest.raises(ValueError, match="no loop"):
-        fragments.conversions("ttg.convert_layout")
+        cubins.conversions("ttg.convert_layout")
 
 
 def test_a_program_without_sparse_products_is_refused() -> None:
@@ -68,6 +71,6 @@ def test_a_program_without_sparse_products_is_refused() -> None:
         fragments.hot_loop([])
 
 
-def test_what_does_not_compile_is_said() -> None:
-    with pytest.raises(RuntimeError, match="does not compile"):
-        fragments.read_all([("none", "fp16", (9, 0), FEW)])
+def test_what_does_not_compile_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"does not compile: .*none"):
+        cubins.read_all([Job("none", "fp16", (9, 0), FEW, mma_sp=True)], tmp_path, fragments.read)
