@@ -76,13 +76,17 @@ def encoder(no_download: bool, say: Callable[[str], None], documents: int = 30) 
 
 
 def _halves_match(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """How well the two halves of each text are told to belong together: the loss sentence encoders are trained with."""
+    """How well the two halves of each text are told to belong together: the loss sentence encoders are trained with.
+
+    Of the cosines as they are. Training multiplies them by 20; then the loss of a model that is trained is 0.00 on most
+    batches, and so are its gradients: pruned by them, the encoder is worse with half of its weights than with 30 %.
+    """
     mask = batch["attention_mask"]
     place = mask.cumsum(1)
     half = (mask.sum(1, keepdim=True) + 1) // 2
     hidden = model(**batch).last_hidden_state
     first, second = (_mean(hidden, mask * (place <= half)), _mean(hidden, mask * (place > half)))
-    scores = 20 * F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).t()
+    scores = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).t()
     return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
