@@ -27,6 +27,7 @@ from qlinear.compressed import from_disk, quantization_config, to_disk
 from qlinear.conversion import candidates, prepare
 from qlinear.float_layers import float_shape, is_conv1d
 from qlinear.linear import QLinear
+from qlinear.reshaped import differences, reshape
 
 #: Of ``quantization_config``; a loader refuses a newer one.
 FORMAT_VERSION = 1
@@ -84,10 +85,17 @@ def save_float(
 
     Raises:
         TypeError: the model has no ``save_pretrained``.
+        ValueError: its config cannot say what shapes it has: what is written could not be read.
         FileExistsError: the folder exists and is not empty.
     """
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"{type(model).__name__} has no save_pretrained: save its state_dict")
+    if layers := differences(model).get("layers"):
+        name, (n, k) = next(iter(layers.items()))
+        raise ValueError(
+            f"{name!r} is {n} x {k} (out_features x in_features), which the config of {type(model).__name__} cannot "
+            f"say, nor {len(layers) - 1} others: from_pretrained could not read it. Convert it: qlinear.save can"
+        )
     target = _free(folder, overwrite)
     with _beside(target) as temporary:
         model.save_pretrained(temporary)
@@ -116,6 +124,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: str | to
     quantization = _quantization(config, folder)
     if model is None:
         model = _build(config, folder)
+    reshape(model, quantization.get("reshaped", {}))
     _swap(model, quantization)
     state = from_disk(load_file(folder / WEIGHTS, device="cpu"), quantization["modules"])
     for name, source in quantization["tied"].items():
@@ -167,6 +176,7 @@ def _config(model: nn.Module, layers: dict[str, QLinear], tied: dict[str, str]) 
         "tied": tied,
         # Buffers a model computes for itself (rotary frequencies) come back in the dtype the model had cast them to.
         "computed_buffers": {name: _dtype_name(b.dtype) for name, b in _computed_buffers(model)},
+        "reshaped": differences(model),
     }
     theirs = quantization_config(model, layers) if config else None
     return config | ({"quantization_config": theirs, _OURS: ours} if theirs else {"quantization_config": ours})

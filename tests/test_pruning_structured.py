@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from models import TINY_MODELS, logits, tiny_llama
 from torch import Tensor, nn
 
 import qlinear
+from qlinear.checkpoint import save_float
 from qlinear.float_layers import float_shape, is_conv1d
 from qlinear.pruning import structured
 from qlinear.pruning.structure import Structure, find
@@ -112,6 +114,33 @@ def test_save_pretrained_and_from_pretrained_agree(name: str, kind: str, tmp_pat
         assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (3, 1)
     elif name != "gpt2":
         assert model.config.intermediate_size == 98
+
+
+@pytest.mark.parametrize("kind", ["neurons", "heads"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_config_cannot_say_stands_in_the_checkpoint(name: str, kind: str, tmp_path: Path) -> None:
+    model = TINY_MODELS[name]()
+    qlinear.prune(model, "magnitude", share(name, kind), kind)
+    unsaid = kind == "heads" and name != "llama"
+    if unsaid:
+        with pytest.raises(ValueError, match=r"x .*from_pretrained could not read it"):
+            save_float(model, tmp_path / "float")
+        assert not (tmp_path / "float").exists()
+    qlinear.convert(model, "w8a16")
+    qlinear.save(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert bool(config["quantization_config"]["reshaped"]) == unsaid
+    with torch.no_grad():
+        assert torch.equal(logits(qlinear.load(tmp_path / "out")), logits(model))
+        assert torch.equal(logits(qlinear.load(tmp_path / "out", model=type(model)(model.config))), logits(model))
+
+
+def test_shapes_of_another_model_are_refused(tmp_path: Path) -> None:
+    model = TINY_MODELS["gpt2"]()
+    qlinear.prune(model, "magnitude", 0.5, "heads")
+    qlinear.save(qlinear.convert(model, "w8a16"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"shape of 'transformer\.h\.0\.attn\.c_attn', which is no linear layer"):
+        qlinear.load(tmp_path / "out", model=tiny_llama())
 
 
 @pytest.mark.parametrize("kind", ["neurons", "heads"])

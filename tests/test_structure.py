@@ -23,7 +23,7 @@ FLOORS = [
     ["paths", "token_ops"],
     ["ops"],
     ["linear"],
-    ["undo"],
+    ["undo", "reshaped"],
     ["conversion", "compressed"],
     ["inspection", "validation", "checkpoint", "tuning"],
     ["pruning"],

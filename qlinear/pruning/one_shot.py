@@ -85,7 +85,8 @@ def prune(
             ``"neurons"``, ``"heads"``... Blocks, neurons and heads are ranked by the sum of their weights' scores.
             Neurons and heads change shapes: the layer that consumes them (``down_proj``, ``o_proj``) decides the share;
             widths that are a multiple of 128 stay one; the config is updated so that the model can be saved and loaded
-            again (heads of GPT-2 and BERT models, whose configs have no ``head_dim``, run but cannot be so described).
+            again. The configs of GPT-2 and BERT have no ``head_dim`` and cannot say how many heads are left: such a
+            model is converted first, and then written by :func:`qlinear.save`, which lists the shapes.
         calibration: what the model is called with (mappings, tuples or single tensors, on the model's device), for
             every method but magnitude. Positions whose ``attention_mask`` is 0 do not count.
         scope: ``"layer"`` ranks within each layer (Wanda within each row, SparseGPT within a block of columns);

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from qlinear.float_layers import float_shape, is_conv1d
+from qlinear.reshaped import KEY_HEADS, QUERY_HEADS, WIDTHS
 
 _MLPS = (
     (("gate_proj", "up_proj"), "down_proj"),
@@ -28,10 +29,6 @@ _ELEMENTWISE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid,
     nn.Softplus, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Identity, nn.Dropout,
 )  # fmt: skip
-#: Names under which attention modules keep their number of heads (or of key-value heads), and a width of all heads.
-_QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
-_WIDTHS = ("all_head_size", "split_size")
 
 
 @dataclass(frozen=True)
@@ -174,8 +171,8 @@ def _head_dim(module: nn.Module) -> int | None:
 def _with_counts(structure: Structure, attention: nn.Module, head_dim: int) -> Structure:
     """Adds the counters of heads that the attention module holds."""
     heads = structure.units * structure.heads
-    wanted = {**dict.fromkeys(_QUERY_HEADS, heads), **dict.fromkeys(_KEY_HEADS, structure.units)}
-    wanted |= dict.fromkeys(_WIDTHS, heads * head_dim)
+    wanted = {**dict.fromkeys(QUERY_HEADS, heads), **dict.fromkeys(KEY_HEADS, structure.units)}
+    wanted |= dict.fromkeys(WIDTHS, heads * head_dim)
     structure.counts = [(attention, key) for key, value in wanted.items() if getattr(attention, key, None) == value]
     return structure
 
