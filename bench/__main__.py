@@ -150,13 +150,14 @@ def audit(
     archs: tuple[str, ...], models: str | None, schemes: str | None, dump: Path | None, path: Path | None
 ) -> None:
     """What every kernel that ships costs, from its machine code, and times predicted from it; needs no GPU."""
-    from bench.audit import CAPABILITIES, SCHEMES
+    from bench.audit import CAPABILITIES
     from bench.audit_tables import run
     from bench.problems import LAYERS
+    from qlinear.format import FORMATS
 
     chosen = list(CAPABILITIES) if "all" in archs else archs
-    names = schemes.split(",") if schemes else list(SCHEMES)
-    for what, given, known in (("architecture", chosen, CAPABILITIES), ("scheme", names, SCHEMES)):
+    names = schemes.split(",") if schemes else list(FORMATS)
+    for what, given, known in (("architecture", chosen, CAPABILITIES), ("scheme", names, FORMATS)):
         if unknown := [name for name in given if name not in known]:
             raise click.ClickException(f"there is no {what} {unknown[0]!r} here, but: {', '.join(known)}")
     try:

@@ -25,7 +25,7 @@ from qlinear.kernels.blocks import choose_block_config
 from qlinear.kernels.configs import Config, choose_config, multiplies_bytes, token_bytes
 from qlinear.machines import MACHINES, Machine, arch_name
 
-#: Those whose kernels are counted.
+#: Those whose kernels are counted here; unstructured ones are in :mod:`bench.bitmaps`.
 SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity != "unstructured")
 CAPABILITIES = {machine.arch: machine.capability for machine in MACHINES.values()}
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import fragments, sparsity
-from bench.audit import Audited, job_and_config, jobs_of, read_kernel, steps
+from bench import bitmaps, fragments, sparsity
+from bench.audit import SCHEMES, Audited, job_and_config, jobs_of, read_kernel, steps
 from bench.budgets import KNOWN, excesses
 from bench.cubins import DTYPES, Job, read_all
 from bench.predict import Prediction, dequantizes, predict, traffic
@@ -28,23 +28,24 @@ def run(
     Args:
         dump: where the cubins go; None for nowhere.
     """
-    wanted = problems(models)
+    wanted, counted = problems(models), [name for name in schemes if name in SCHEMES]
     jobs: dict[Job, Problem] = {}
     for arch in archs:
-        jobs |= jobs_of(wanted, schemes, arch)
-    mma_sp = fragments.jobs_of(archs, schemes)
+        jobs |= jobs_of(wanted, counted, arch)
+    mma_sp, unstructured = fragments.jobs_of(archs, schemes), bitmaps.jobs_of(archs, schemes)
 
-    def read(job: Job, program: Sequence[Instruction], used: dict[str, Any]) -> Audited | fragments.Fragments:
-        return fragments.read(job, program, used) if job.mma_sp else read_kernel(job, jobs[job], program, used)
+    def read(job: Job, program: Sequence[Instruction], used: dict[str, Any]) -> Any:
+        if job in jobs:
+            return read_kernel(job, jobs[job], program, used)
+        return (fragments if job.mma_sp else bitmaps).read(job, program, used)
 
     with tempfile.TemporaryDirectory() as scratch:
-        kernels = read_all([*jobs, *mma_sp], dump or Path(scratch), read)
-    audited = {job: kernel for job, kernel in kernels.items() if isinstance(kernel, Audited)}
-    fragmented = [kernel for kernel in kernels.values() if isinstance(kernel, fragments.Fragments)]
+        kernels = read_all([*jobs, *mma_sp, *unstructured], dump or Path(scratch), read)
     machines = [machine for machine in MACHINES.values() if machine.arch in archs]
-    parts, data = _tables(audited, wanted, schemes, machines)
-    sparse, data["sparse"] = fragments.report(fragmented, wanted)
-    return "\n\n".join([*parts[:-1], *([sparse] if sparse else []), parts[-1]]), data
+    parts, data = _tables({job: kernels[job] for job in jobs}, wanted, counted, machines) if jobs else ([], {})
+    sparse, data["sparse"] = fragments.report([kernels[job] for job in mma_sp], wanted)
+    bits, data["unstructured"] = bitmaps.report(kernels[job] for job in unstructured)
+    return "\n\n".join(part for part in [*parts[:-1], sparse, bits, *parts[-1:]] if part), data
 
 
 def _tables(

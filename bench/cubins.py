@@ -145,13 +145,13 @@ def conversions(ttgir: str) -> int:
 
 
 def _compile(fields: dict[str, Any], dump: Path) -> dict[str, Any]:
-    from qlinear.kernels.compile import compile_blocks, compile_fragments, compile_matmul, usage
+    from qlinear.kernels import compile as compiler
 
     job = Job(**fields | {"capability": tuple(fields["capability"]), "config": Config(**fields["config"])})
-    compile_job = compile_fragments if job.mma_sp else compile_blocks if job.format.block else compile_matmul
+    compile_job = compiler.compile_fragments if job.mma_sp else compiler.matmul_compiler(job.format)
     compiled = compile_job(job.format, DTYPES[job.dtype], job.config, job.capability)
     (dump / cubin_name(job)).write_bytes(compiled.asm["cubin"])
-    used = asdict(usage(compiled))
+    used = asdict(compiler.usage(compiled))
     result = {name: used[name] for name in ("registers", "spilled", "shared")}
     if job.mma_sp:
         result["conversions"] = conversions(compiled.asm["ttgir"])

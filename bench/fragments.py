@@ -54,7 +54,10 @@ class Fragments:
 
 
 def jobs_of(archs: Sequence[str], schemes: Sequence[str]) -> list[Job]:
-    """Every kernel of the schemes that ships, for the architectures that have such cores."""
+    """Every kernel of the schemes that ships, for the architectures that have such cores.
+
+    Weights that are floats are multiplied as they are: the code of one dtype is that of the other.
+    """
     from qlinear.kernels.mma_sp import shipped_fragment_configs
 
     capabilities = [m.capability for m in MACHINES.values() if m.arch in archs and m.capability[0] < 10]
@@ -63,7 +66,7 @@ def jobs_of(archs: Sequence[str], schemes: Sequence[str]) -> list[Job]:
         for capability in dict.fromkeys(capabilities)
         for scheme in schemes
         if scheme in SCHEMES
-        for dtype in DTYPES
+        for dtype in (list(DTYPES)[:1] if FORMATS[scheme].number == "float" else DTYPES)
         for config in shipped_fragment_configs()
     ]
 

@@ -204,11 +204,16 @@ def _pointers(weight: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tenso
 def bitmap_config(m: int, n: int, k: int, dtype: torch.dtype, target: Target) -> Config:
     """The configuration for x ``[m, k]`` of ``dtype`` and a weight of n rows."""
     block_m = 64 if m > 16 and dtype != torch.float32 else 16
-    tiles, blocks = -(-n // _ROWS) * -(-m // block_m), -(-k // (32 * _WORDS[dtype]))
+    tiles, blocks = -(-n // _ROWS) * -(-m // block_m), -(-k // step_columns(dtype))
     split = 1
     if tiles <= MAX_SPLIT_TILES:
         split = max(1, min(target.num_sms * _PROGRAMS // tiles, blocks // _MIN_TILES))
     return Config(block_m, _ROWS, 4, 2, split)
+
+
+def step_columns(dtype: torch.dtype) -> int:
+    """Columns of K that an iteration of the matmul kernel covers, for x in ``dtype``."""
+    return 32 * _WORDS[dtype]
 
 
 def bitmap_constexprs(fmt: Format, dtype: torch.dtype, config: Config, target: Target) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from qlinear.format import BLOCK_K, Format
-from qlinear.kernels.bitmap import (
-    _bitmap_kernel,
-    _expand_kernel,
-    bitmap_config,
-    bitmap_constexprs,
-    expand_constexprs,
-)
+from qlinear.kernels.bitmap import _bitmap_kernel, _expand_kernel, bitmap_constexprs, expand_constexprs
 from qlinear.kernels.blocks import _block_kernel, block_constexprs
 from qlinear.kernels.configs import Config
 from qlinear.kernels.decode import DECODERS
@@ -109,6 +104,13 @@ def compile_fragments(
     return compile_kernel(_mma_sp_kernel, pointers, integers, constants, options, capability)
 
 
+def matmul_compiler(fmt: Format) -> Callable[[Format, torch.dtype, Config, Capability], CompiledKernel]:
+    """The function that compiles the kernel which multiplies by weights of a format, as they are by default."""
+    if fmt.block:
+        return compile_blocks
+    return compile_bitmap if fmt.sparsity == "unstructured" else compile_matmul
+
+
 def _weight_pointers(fmt: Format) -> dict[str, torch.dtype | None]:
     if fmt.sparsity == "2:4":
         return {"w_ptr": torch.int32, "index_ptr": torch.int32}
@@ -128,10 +130,9 @@ def compile_blocks(
     return compile_kernel(_block_kernel, pointers, integers, constants, options, capability)
 
 
-def compile_bitmap(fmt: Format, dtype: torch.dtype, tokens: int, capability: Capability) -> CompiledKernel:
-    """The matmul kernel of unstructured weights for so many tokens x in ``dtype`` and a bias, for N = K = 4096."""
+def compile_bitmap(fmt: Format, dtype: torch.dtype, config: Config, capability: Capability) -> CompiledKernel:
+    """The matmul kernel of unstructured weights for x in ``dtype`` and a bias, for N = K = 4096."""
     target = Target(capability, 132)
-    config = bitmap_config(tokens, 4096, 4096, dtype, target)
     pointers = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), dtype) | _bitmap_pointers(fmt, dtype)
     pointers |= {"partial_ptr": torch.float32, "counter_ptr": torch.int32}
     constants = bitmap_constexprs(fmt, dtype, config, target)

@@ -20,6 +20,7 @@ from qlinear.kernels.compile import cuobjdump
 from qlinear.kernels.configs import Config
 from qlinear.kernels.crossover import dequantize_seconds, vendor_seconds
 from qlinear.machines import MACHINES, Machine
+from qlinear.pruning.report import SLOTS
 
 # A pipelined loop inside another: 4 warps, 128 rows of int4 by 16 tokens of 16 bits, 2 buffers.
 LISTING = """
@@ -321,6 +322,12 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Audited]:
 def test_every_scheme_has_budgets() -> None:
     assert set(budgets.SLOTS) == set(CAPABILITIES)
     assert not {name for of_arch in budgets.SLOTS.values() for name in set(SCHEMES) - set(of_arch)}
+
+
+@pytest.mark.parametrize("scheme", [name for name in SLOTS if name in SCHEMES])
+def test_the_report_of_pruned_models_predicts_with_what_is_counted(scheme: str, shipped) -> None:
+    counted = [a.kernel.slots_per_weight for job, a in shipped.items() if job.scheme == scheme and job.dtype == "fp16"]
+    assert max(counted) == pytest.approx(SLOTS[scheme], rel=0.03)
 
 
 def test_kernels_are_within_their_budgets(shipped) -> None:

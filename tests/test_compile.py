@@ -12,9 +12,10 @@ import torch
 
 from bench.workers import answer, ask
 from qlinear.format import DENSE, FORMATS, Format
+from qlinear.kernels.bitmap import bitmap_config
 from qlinear.kernels.blocks import shipped_block_configs
 from qlinear.kernels.configs import Config, shared_bytes, shipped_configs
-from qlinear.kernels.runtime import Capability
+from qlinear.kernels.runtime import Capability, Target
 
 TARGETS: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0), "gfx942")
 #: And those that multiply 8-bit floats, but not by warpgroups.
@@ -87,7 +88,10 @@ def jobs() -> list[Job]:
                 result.append(Job("blocks", target, dtype, fmt, configs[(i + 1) % len(configs)], options))
             for i, fmt in enumerate(fmt for fmt in FORMATS.values() if fmt.sparsity == "unstructured"):
                 dtypes = DTYPES if target == (9, 0) else ("bf16", "fp32")
-                result += [Job("bitmap", target, d, fmt, options={"tokens": t}) for d in dtypes for t in (16, 64)]
+                for dtype in dtypes:
+                    shapes = [(tokens, 4096, 4096, DTYPES[dtype], Target(target, 132)) for tokens in (16, 64)]
+                    configs = dict.fromkeys(bitmap_config(*shape) for shape in shapes)
+                    result += [Job("bitmap", target, dtype, fmt, config) for config in configs]
                 result.append(Job("expand", target, ("bf16", "fp32")[i], fmt))
         for k in (200, 14336):
             result.append(Job("quantize", target, "bf16", options={"in_features": k, "number": "e4m3"}))
@@ -162,14 +166,10 @@ def compile_one(index):
 
     job = JOBS[index]
     dtype = DTYPES[job.dtype]
-    if job.kernel == "matmul":
-        kernel = compile.compile_matmul(job.fmt, dtype, job.config, job.target, **job.options)
-    elif job.kernel == "blocks":
-        kernel = compile.compile_blocks(job.fmt, dtype, job.config, job.target, **job.options)
+    if job.kernel in ("matmul", "blocks", "bitmap"):
+        kernel = compile.matmul_compiler(job.fmt)(job.fmt, dtype, job.config, job.target, **job.options)
     elif job.kernel == "dequantize":
         kernel = compile.compile_dequantize(job.fmt, dtype, job.target)
-    elif job.kernel == "bitmap":
-        kernel = compile.compile_bitmap(job.fmt, dtype, capability=job.target, **job.options)
     elif job.kernel == "expand":
         kernel = compile.compile_expand(job.fmt, dtype, job.target)
     else:

@@ -66,6 +66,34 @@ def test_totals_times_and_text() -> None:
         report(nn.Sequential(nn.ReLU()))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "wanted"),
+    [
+        ("unstructured", 0.5, {"w8a16-unstructured": ("w4a16", True), "w16a16-unstructured": ("w8a16", True)}),
+        # Smaller than any dense int4, and slower: every value is loaded by itself.
+        ("unstructured", 0.9, {"w8a16-unstructured": ("w8a16", False), "w16a16-unstructured": ("w8a16", False)}),
+        ("2:4", None, {"w8a16-2:4": ("w4a16", True), "w16a16-2:4": ("w8a16", True), "w4a16-2:4": None}),
+        ("block64", 0.8, {"w8a16-block64": None, "w4a16-block64": None, "w16a16-block64": None}),
+    ],
+    ids=["half", "most", "2:4", "blocks"],
+)
+def test_the_report_says_where_a_dense_format_is_better(
+    pattern: str, sparsity: float | None, wanted: dict[str, tuple[str, bool] | None]
+) -> None:
+    layer = nn.Linear(4096, 1024, dtype=torch.bfloat16)
+    qlinear.prune(layer, "magnitude", sparsity, pattern)
+    found = report(layer)
+    outdone = found.outdone()
+    for name, better in wanted.items():
+        assert outdone.get(name) == (better and {"by": better[0], "smaller": better[1]}), name
+        how = "smaller and faster" if better and better[1] else "faster, and larger"
+        assert (f"{name}: {better and better[0]} without sparsity is {how}" in str(found)) == (better is not None)
+    assert found.to_dict()["outdone"] == outdone
+    # 4 Mi weights of 14.7 instructions each, 29.65e12 a second.
+    slow = found.to_dict()["predicted_microseconds"]["w16a16-unstructured"]
+    assert slow == pytest.approx((4 << 20) * 14.7 / 29.65e6, rel=1e-3)
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,15 @@ from qlinear.machines import MACHINES, STREAMED
 from qlinear.pruning.patterns import Pattern
 from qlinear.pruning.select import block_sums
 from qlinear.tables import human_bytes, table
+
+#: Instructions for each weight, stored or not, of the kernels that may take longer to expand their bytes than to read
+#: them: `python -m bench audit` counts them (sm_90, float16, up to 16 tokens), and a test compares.
+SLOTS = {
+    "w4a16-2:4": 2.89,
+    "w4a16-asym-2:4": 3.03,
+    "w8a16-unstructured": 18.8,
+    "w16a16-unstructured": 14.7,
+}
 
 
 def holds(fmt: Format, weight: Tensor) -> bool:
@@ -56,6 +66,11 @@ class LayerSparsity:
     predicted: dict[str, int]
 
     @property
+    def weights(self) -> int:
+        """Zeros among them."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def smallest(self) -> str:
         """The scheme of the fewest bytes."""
         return min(self.predicted, key=lambda name: self.predicted[name])
@@ -71,7 +86,7 @@ class SparsityReport:
     """Sparsity by layer and predictions; ``print`` shows a table, :meth:`to_dict` gives plain data.
 
     Times are predictions, not measurements: bytes over the bandwidth of ``machine``, which is what a layer costs that
-    multiplies few tokens with a kernel bound by memory.
+    multiplies few tokens with a kernel bound by memory, or where that is more the instructions that expand them.
     """
 
     layers: list[LayerSparsity]
@@ -80,29 +95,56 @@ class SparsityReport:
     @property
     def sparsity(self) -> float:
         """The share of zeros over all linear layers."""
-        sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
-        zeros = sum(layer.sparsity * size for layer, size in zip(self.layers, sizes, strict=True))
-        return zeros / sum(sizes)
+        return sum(layer.sparsity * layer.weights for layer in self.layers) / self.weights
 
     def totals(self) -> dict[str, int]:
         """Predicted bytes of all layers together, for each format that could hold every one of them."""
         names = [name for name in FORMATS if all(name in layer.predicted for layer in self.layers)]
         return {name: sum(layer.predicted[name] for layer in self.layers) for name in names}
 
-    def microseconds(self, size: float) -> float:
-        """The predicted time to read so many bytes once on the machine."""
-        return size / MACHINES[self.machine].stream_bytes_per_s * 1e6
+    @property
+    def weights(self) -> int:
+        """All weights, zeros among them."""
+        return sum(layer.weights for layer in self.layers)
+
+    def microseconds(self, size: float, scheme: str = "", weights: int = 0) -> float:
+        """The predicted time on the machine to read so many bytes once, or to expand so many weights of a scheme."""
+        machine = MACHINES[self.machine]
+        return 1e6 * max(size / machine.stream_bytes_per_s, SLOTS.get(scheme, 0.0) * weights / machine.slots_per_s)
+
+    def outdone(self) -> dict[str, dict[str, Any]]:
+        """The sparse schemes that a dense one is faster than: ``{sparse: {"by": dense, "smaller": bool}}``.
+
+        One that is smaller too, if there is any; of several the one of the most bits.
+        """
+        sizes = self.totals()
+        times = {name: self.microseconds(size, name, self.weights) for name, size in sizes.items()}
+        dense = [FORMATS[name] for name in sizes if FORMATS[name].sparsity is None]
+
+        def rank(name: str, fmt: Format) -> tuple[bool, int, bool]:
+            return sizes[fmt.name] < sizes[name], fmt.bits, not fmt.quantized_activations
+
+        found = {}
+        for name in sizes:
+            faster = [fmt for fmt in dense if FORMATS[name].sparsity and times[fmt.name] < times[name]]
+            if faster:
+                best = max(faster, key=partial(rank, name))
+                found[name] = {"by": best.name, "smaller": sizes[best.name] < sizes[name]}
+        return found
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"machine", "sparsity", "predicted_bytes", "predicted_microseconds", "layers": [one dict a layer]}``."""
-        totals = self.totals()
-        times = {name: self.microseconds(size) for name, size in totals.items()}
+        """``{"machine", "sparsity", "predicted_bytes", "predicted_microseconds", "outdone", "layers"}``; plain data."""
+
+        def times(sizes: Mapping[str, int], weights: int) -> dict[str, float]:
+            return {name: self.microseconds(size, name, weights) for name, size in sizes.items()}
+
         layers = [
-            asdict(layer) | {"predicted_microseconds": {n: self.microseconds(b) for n, b in layer.predicted.items()}}
-            for layer in self.layers
+            asdict(layer) | {"predicted_microseconds": times(layer.predicted, layer.weights)} for layer in self.layers
         ]
+        totals = self.totals()
+        together = {"predicted_bytes": totals, "predicted_microseconds": times(totals, self.weights)}
         head = {"machine": self.machine, "sparsity": self.sparsity}
-        return {**head, "predicted_bytes": totals, "predicted_microseconds": times, "layers": layers}
+        return {**head, **together, "outdone": self.outdone(), "layers": layers}
 
     def __str__(self) -> str:
         bits = sorted({fmt.bits for fmt in FORMATS.values()}, reverse=True)
@@ -120,9 +162,16 @@ class SparsityReport:
         totals = sorted(self.totals().items(), key=lambda item: item[1])
         summary = [("float, as it is", human_bytes(now), f"{self.microseconds(now):.1f}", "1.00")]
         for name, size in totals:
-            summary.append((name, human_bytes(size), f"{self.microseconds(size):.1f}", f"{now / size:.2f}"))
+            time = self.microseconds(size, name, self.weights)
+            summary.append((name, human_bytes(size), f"{time:.1f}", f"{now / size:.2f}"))
         lines.append(table(("scheme", "bytes", f"us on {self.machine}", "times smaller"), summary, right=(1, 2, 3)))
-        lines.append(f"predictions: bytes over {STREAMED:.0%} of the data sheet's bandwidth; nothing was measured")
+        for name, better in self.outdone().items():
+            how = "smaller and faster" if better["smaller"] else "faster, and larger"
+            lines.append(f"{name}: {better['by']} without sparsity is {how}")
+        lines.append(
+            f"predictions: bytes over {STREAMED:.0%} of the data sheet's bandwidth or, where that is more, the "
+            "instructions that expand them; nothing was measured"
+        )
         return "\n".join(lines)
 
     @staticmethod

@@ -1,0 +1,92 @@
+"""The kernel of unstructured weights in the audit: what its code costs for each weight, kept or not.
+
+It loads single values through registers, so that no copy tells what an iteration brings: it is counted apart from the
+other kernels (see :mod:`bench.audit`). Weights of an iteration are told by its products, or are those of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench import sass
+from bench.cubins import DTYPES, Job
+from qlinear.format import FORMATS
+from qlinear.machines import MACHINES, arch_name
+from qlinear.tables import table
+
+SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity == "unstructured")
+#: Tokens up to which there is one tile each.
+_TOKENS = (16, 64)
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """What the machine code of one kernel says."""
+
+    name: str
+    scheme: str
+    dtype: str
+    arch: str
+    slots_per_weight: float
+    registers: int
+    spills: int
+    shared: int
+    matrix_kinds: list[str]
+    #: Loads of an iteration, and those whose numbers are used in the same one.
+    loads: int
+    loads_consumed: int
+
+
+def jobs_of(archs: Sequence[str], schemes: Sequence[str]) -> list[Job]:
+    """Every kernel of the schemes that ships; values that are floats are moved, in any dtype by the same code."""
+    from qlinear.kernels.bitmap import bitmap_config
+    from qlinear.kernels.runtime import Target
+
+    return [
+        Job(scheme, dtype, capability, bitmap_config(tokens, 4096, 4096, DTYPES[dtype], Target(capability, 1)))
+        for capability in dict.fromkeys(m.capability for m in MACHINES.values() if m.arch in archs)
+        for scheme in schemes
+        if scheme in SCHEMES
+        for dtype in (list(DTYPES)[:1] if FORMATS[scheme].number == "float" else DTYPES)
+        for tokens in _TOKENS
+    ]
+
+
+def read(job: Job, program: Sequence[sass.Instruction], used: Mapping[str, Any]) -> Bitmap:
+    """Counts one kernel; ``used`` is what the worker said of it."""
+    loop, config = sass.hot_loop(program), job.config
+    weights = weights_per_iteration(loop, job)
+    slots = len(loop.body) * 32 * config.num_warps / weights
+    return Bitmap(
+        str(job), job.scheme, job.dtype, arch_name(job.capability), slots, used["registers"], used["spilled"],
+        used["shared"], loop.matrix_kinds, loop.classes["load"], len(loop.loads_consumed()),
+    )  # fmt: skip
+
+
+def weights_per_iteration(loop: sass.Loop, job: Job) -> int:
+    """Dense weights that an iteration of a block covers.
+
+    Raises:
+        ValueError: its products are not those of whole steps.
+    """
+    from qlinear.kernels.bitmap import step_columns
+
+    config = job.config
+    step, macs = config.block_n * step_columns(DTYPES[job.dtype]), loop.macs(config.num_warps)
+    if macs is None:
+        return step
+    if macs % (step * config.block_m):
+        raise ValueError(f"the products of an iteration are {macs}, those of a step {step * config.block_m}")
+    return macs // config.block_m
+
+
+def report(kernels: Iterable[Bitmap]) -> tuple[str, list[dict[str, Any]]]:
+    """As text and as data."""
+    rows = [
+        (k.name, f"{k.slots_per_weight:.2f}", str(k.registers), str(k.spills), str(k.loads), str(k.loads_consumed))
+        for k in kernels
+    ]
+    header = ("unstructured (per weight, kept or not)", "slots", "regs", "spill", "LDG", "now")
+    return table(header, rows, right=range(1, 6)) if rows else "", [asdict(k) for k in kernels]
