@@ -220,6 +220,7 @@ def _build(config: dict[str, Any], folder: Path) -> nn.Module:
         raise ValueError(f"{folder}: transformers has no class {wanted!r}; pass the model's structure as model=")
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", _OURS)}
     with init_empty_weights(include_buffers=False):
+        # transformers' classes are found by name, so that no type is known.
         return cls(cls.config_class.from_dict(plain))  # type: ignore[no-any-return]
 
 
