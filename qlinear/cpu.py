@@ -138,8 +138,9 @@ def _round_activations(x: Tensor, number: str = "int") -> tuple[Tensor, Tensor]:
     # Decoding one token is bound by the number of small operators and their kind: 0-dim tensors in the place of Python
     # numbers, and one cast to float32 first, take this from 58 to 37 us at K = 576.
     wide = x.float()
-    # The floor keeps a zero row from dividing by zero; NaN passes through.
-    largest = torch.maximum(torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True), _SMALLEST)
+    # The floor keeps a zero row from dividing by zero; NaN passes through. A norm of order infinity is not vectorized:
+    # 1337 instead of 249 us for 128 tokens of 4096.
+    largest = torch.maximum(wide.abs().amax(-1, keepdim=True), _SMALLEST)
     levels = _LARGEST[number]
     values = wide * torch.div(levels, largest)
     values = values.to(torch.float8_e4m3fn).float() if number == "e4m3" else values.round_()

@@ -197,7 +197,7 @@ def test_blocks_in_a_batch_and_by_rows_on_a_cpu(fmt, dtype, monkeypatch):
     weight[64:128] = 0
     packed = qlinear.pack(weight, fmt.name, layout="plain", prune="magnitude")
     for tokens, batched in ((1, True), (40, True), (40, False)):
-        monkeypatch.setattr(cpu_sparse, "BATCH_PRODUCTS", 1 << 30 if batched else 0)
+        monkeypatch.setattr(cpu_sparse, "BATCH_TOKENS", 1 << 30 if batched else 0)
         # Large numbers: float16 holds the products of scaled weights only.
         x = (30 * torch.randn(tokens, 333)).to(dtype)
         y = cpu_sparse.matmul(x, packed)
