@@ -27,7 +27,7 @@ def plot(models: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(models), figsize=(6.5 * len(models), 5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(models), figsize=(7.5 * len(models), 5), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         _panel(axis, model)
     figure.tight_layout()
@@ -55,7 +55,8 @@ def _panel(axis: Any, model: dict[str, Any]) -> None:
         handles += axis.plot([], [], marker=_MARKERS.get(pattern, "x"), label=pattern, **dots)
     for bits in sorted({bits for _, _, bits in curves} - {16}, reverse=True):
         handles += axis.plot([], [], marker="o", fillstyle=_FILLS[bits][0], label=f"int{bits}", **dots)
-    axis.legend(handles=handles, fontsize="small")
+    # Beside the panel: inside there is no corner without points.
+    axis.legend(handles=handles, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     if metric == "perplexity":
         axis.set_yscale("log")
     axis.set_title(model["float"]["model"])
