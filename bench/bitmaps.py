@@ -11,58 +11,37 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench import sass
-from bench.cubins import DTYPES, Job
+from bench.cubins import DTYPES, Counted, Job, counts, kinds_of
 from qlinear.format import FORMATS
-from qlinear.machines import MACHINES, arch_name
 from qlinear.tables import table
 
 SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity == "unstructured")
-#: Tokens up to which there is one tile each.
-_TOKENS = (16, 64)
 
 
 @dataclass(frozen=True)
-class Bitmap:
+class Bitmap(Counted):
     """What the machine code of one kernel says."""
 
     name: str
-    scheme: str
-    dtype: str
-    arch: str
-    slots_per_weight: float
-    registers: int
-    spills: int
-    shared: int
-    matrix_kinds: list[str]
-    #: Loads of an iteration, and those whose numbers are used in the same one.
-    loads: int
-    loads_consumed: int
 
 
 def jobs_of(archs: Sequence[str], schemes: Sequence[str]) -> list[Job]:
-    """Every kernel of the schemes that ships; values that are floats are moved, in any dtype by the same code."""
-    from qlinear.kernels.bitmap import bitmap_config
+    """Every kernel of the schemes that ships."""
+    from qlinear.kernels.bitmap import shipped_bitmap_configs
     from qlinear.kernels.runtime import Target
 
     return [
-        Job(scheme, dtype, capability, bitmap_config(tokens, 4096, 4096, DTYPES[dtype], Target(capability, 1)))
-        for capability in dict.fromkeys(m.capability for m in MACHINES.values() if m.arch in archs)
-        for scheme in schemes
-        if scheme in SCHEMES
-        for dtype in (list(DTYPES)[:1] if FORMATS[scheme].number == "float" else DTYPES)
-        for tokens in _TOKENS
+        Job(scheme, dtype, capability, config)
+        for scheme, dtype, capability in kinds_of(archs, [name for name in schemes if name in SCHEMES])
+        for config in shipped_bitmap_configs(DTYPES[dtype], Target(capability, 1))
     ]
 
 
 def read(job: Job, program: Sequence[sass.Instruction], used: Mapping[str, Any]) -> Bitmap:
     """Counts one kernel; ``used`` is what the worker said of it."""
-    loop, config = sass.hot_loop(program), job.config
-    weights = weights_per_iteration(loop, job)
-    slots = len(loop.body) * 32 * config.num_warps / weights
-    return Bitmap(
-        str(job), job.scheme, job.dtype, arch_name(job.capability), slots, used["registers"], used["spilled"],
-        used["shared"], loop.matrix_kinds, loop.classes["load"], len(loop.loads_consumed()),
-    )  # fmt: skip
+    loop = sass.hot_loop(program)
+    slots = len(loop.body) * 32 * job.config.num_warps / weights_per_iteration(loop, job)
+    return Bitmap(name=str(job), **counts(job, loop, slots, used))
 
 
 def weights_per_iteration(loop: sass.Loop, job: Job) -> int:

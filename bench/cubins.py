@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,11 +21,11 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from bench.sass import Instruction, parse_programs
+from bench.sass import Instruction, Loop, parse_programs
 from bench.workers import answer, ask
 from qlinear.format import FORMATS, Format
 from qlinear.kernels.configs import Config
-from qlinear.machines import arch_name
+from qlinear.machines import MACHINES, arch_name
 
 T = TypeVar("T")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -93,6 +93,49 @@ def read_all(
         batches += [pool.submit(read_some, some) for some in waiting.values()]
         found = dict(pair for batch in batches for pair in batch.result())
     return {job: found[job] for job in jobs}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the machine code of a kernel says that loads through registers, whichever it is."""
+
+    scheme: str
+    dtype: str
+    arch: str
+    slots_per_weight: float
+    registers: int
+    spills: int
+    shared: int
+    matrix_kinds: list[str]
+    #: Loads of an iteration, and those whose numbers are used in the same one.
+    loads: int
+    loads_consumed: int
+
+
+def counts(job: Job, loop: Loop, slots_per_weight: float, used: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`Counted`; ``used`` is what the worker said of the kernel."""
+    return {
+        "scheme": job.scheme,
+        "dtype": job.dtype,
+        "arch": arch_name(job.capability),
+        "slots_per_weight": slots_per_weight,
+        "registers": used["registers"],
+        "spills": used["spilled"],
+        "shared": used["shared"],
+        "matrix_kinds": loop.matrix_kinds,
+        "loads": loop.classes["load"],
+        "loads_consumed": len(loop.loads_consumed()),
+    }
+
+
+def kinds_of(archs: Sequence[str], schemes: Sequence[str]) -> list[tuple[str, str, tuple[int, int]]]:
+    """(scheme, dtype, capability) of all kernels to count: floats are multiplied as they are, in any dtype alike."""
+    return [
+        (scheme, dtype, capability)
+        for capability in dict.fromkeys(m.capability for m in MACHINES.values() if m.arch in archs)
+        for scheme in schemes
+        for dtype in (list(DTYPES)[:1] if FORMATS[scheme].number == "float" else DTYPES)
+    ]
 
 
 def cubin_name(job: Job) -> str:

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench import sass
-from bench.cubins import DTYPES, Job
+from bench.cubins import Counted, Job, counts, kinds_of
 from bench.predict import weight_bytes
 from bench.problems import Problem
 from qlinear.format import FORMATS, Format
 from qlinear.kernels.configs import Config
-from qlinear.machines import MACHINES, arch_name
 from qlinear.tables import table
 
 #: Issue slots per dense weight, and bytes through the L2 cache per byte of the weight, for at most 16 tokens (issue 4).
@@ -29,21 +28,11 @@ _MMA_K = 32
 
 
 @dataclass(frozen=True)
-class Fragments:
+class Fragments(Counted):
     """What the machine code of one kernel says; bytes are of one program."""
 
-    scheme: str
-    dtype: str
-    arch: str
     config: str
-    slots_per_weight: float
-    registers: int
-    spills: int
-    shared: int
-    matrix_kinds: list[str]
-    #: Loads of an iteration, those whose numbers are used in the same one, and instructions until one is waited for.
-    loads: int
-    loads_consumed: int
+    #: Instructions until a load is waited for.
     load_distance: int | None
     #: Changes of layout in the loop's TTGIR, which would move numbers between threads.
     conversions: int
@@ -54,19 +43,13 @@ class Fragments:
 
 
 def jobs_of(archs: Sequence[str], schemes: Sequence[str]) -> list[Job]:
-    """Every kernel of the schemes that ships, for the architectures that have such cores.
-
-    Weights that are floats are multiplied as they are: the code of one dtype is that of the other.
-    """
+    """Every kernel of the schemes that ships, for the architectures that have such cores."""
     from qlinear.kernels.mma_sp import shipped_fragment_configs
 
-    capabilities = [m.capability for m in MACHINES.values() if m.arch in archs and m.capability[0] < 10]
     return [
         Job(scheme, dtype, capability, config, mma_sp=True)
-        for capability in dict.fromkeys(capabilities)
-        for scheme in schemes
-        if scheme in SCHEMES
-        for dtype in (list(DTYPES)[:1] if FORMATS[scheme].number == "float" else DTYPES)
+        for scheme, dtype, capability in kinds_of(archs, [name for name in schemes if name in SCHEMES])
+        if capability[0] < 10
         for config in shipped_fragment_configs()
     ]
 
@@ -78,10 +61,12 @@ def read(job: Job, program: Sequence[sass.Instruction], used: Mapping[str, Any])
     # Of a step: a tile's words and metadata, 128 rows to a warp.
     step = config.num_warps * 128 * _MMA_K * fmt.planes // 128 * fmt.block_bytes
     return Fragments(
-        job.scheme, job.dtype, arch_name(job.capability), str(config).rpartition("-k")[0], slots, used["registers"],
-        used["spilled"], used["shared"], loop.matrix_kinds, loop.classes["load"], len(loop.loads_consumed()),
-        loop.shortest_load(), used["conversions"], step * unroll,
-    )  # fmt: skip
+        config=str(config).rpartition("-k")[0],
+        load_distance=loop.shortest_load(),
+        conversions=used["conversions"],
+        bytes_in_flight=step * unroll,
+        **counts(job, loop, slots, used),
+    )
 
 
 def hot_loop(program: Sequence[sass.Instruction]) -> sass.Loop:

@@ -211,6 +211,12 @@ def bitmap_config(m: int, n: int, k: int, dtype: torch.dtype, target: Target) ->
     return Config(block_m, _ROWS, 4, 2, split)
 
 
+def shipped_bitmap_configs(dtype: torch.dtype, target: Target) -> list[Config]:
+    """Every configuration :func:`bitmap_config` can return, up to ``split_k``."""
+    found = (bitmap_config(m, 4096, 4096, dtype, target) for m in (16, 64))
+    return list(dict.fromkeys(found))
+
+
 def step_columns(dtype: torch.dtype) -> int:
     """Columns of K that an iteration of the matmul kernel covers, for x in ``dtype``."""
     return 32 * _WORDS[dtype]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from tqdm import tqdm
 
-from qlinear.float_layers import float_parameter, is_conv1d
+from qlinear.float_layers import float_parameter, is_linear
 from qlinear.format import Scheme
 from qlinear.linear import QLinear
 from qlinear.undo import Undo
@@ -131,7 +131,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
         first = id(module) not in found
         if isinstance(module, nn.TransformerEncoderLayer):
             fused.update((id(module.linear1), id(module.linear2)))
-        if isinstance(module, nn.Linear) or is_conv1d(module):
+        if is_linear(module):
             obstacle = _FUSED if id(module) in fused else _obstacle(module)
             entry = found.setdefault(id(module), Candidate(module, obstacle=obstacle))
             entry.names.append(name)

@@ -63,7 +63,7 @@ def _batched_matmul(x: Tensor, packed: PackedWeight, size: int) -> Tensor:
     tokens = _token_blocks(x, size).view(-1, size, x.shape[0])
     # float16 cannot hold a sum of codes that are not scaled; of others it is cheaper to scale the products.
     early = x.dtype == torch.float16
-    values = _values(packed, rows, x.dtype) if early else _codes(packed, x.dtype)
+    values = _values(packed, rows, x.dtype) if early else _codes(packed.weight, packed, x.dtype)
     products = torch.bmm(values, tokens[columns]).float()
     if not early and packed.format.number != "float":
         products *= _scales(packed, rows, size).unsqueeze(-1)
@@ -131,14 +131,11 @@ def _row_values(
     packed: PackedWeight, scales: Tensor | None, blocks: Tensor, dtype: torch.dtype, scratch: _Scratch
 ) -> Tensor:
     """The weights ``[rows, size, blocks * size]`` of rows with these ``blocks`` ``[rows, blocks]``, side by side."""
-    weight, fmt = packed.weight, packed.format
+    weight = packed.weight
     size = weight.shape[1]
     # A line of a block after the same line of the block before it.
     lines = (blocks.unsqueeze(1) * size + torch.arange(size).unsqueeze(1)).flatten()
-    values = sparse.unpack_values(scratch.rows(weight.flatten(0, 1), lines), packed.scale, fmt, size)
-    if fmt.number != "float":
-        values = signed(values, None, fmt)
-    values = values.to(dtype)
+    values = _codes(scratch.rows(weight.flatten(0, 1), lines), packed, dtype)
     if scales is not None:
         values.mul_(scales[lines].unsqueeze(1))
     return values.view(len(blocks), size, -1)
@@ -159,16 +156,16 @@ def _places(packed: PackedWeight, size: int) -> tuple[Tensor, Tensor]:
 
 def _values(packed: PackedWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The stored blocks ``[B, size, size]`` in ``dtype``."""
-    values = _codes(packed, dtype)
+    values = _codes(packed.weight, packed, dtype)
     if packed.format.number == "float":
         return values
     return values.mul_(_scales(packed, rows, values.shape[1]).unsqueeze(-1))
 
 
-def _codes(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """As :func:`_values`, before they are multiplied by their scales."""
+def _codes(words: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """What words of the weight stand for in ``dtype``, before it is multiplied by its scales."""
     fmt = packed.format
-    values = sparse.unpack_values(packed.weight, packed.scale, fmt, packed.weight.shape[1])
+    values = sparse.unpack_values(words, packed.scale, fmt, packed.weight.shape[1])
     return (values if fmt.number == "float" else signed(values, None, fmt)).to(dtype)
 
 

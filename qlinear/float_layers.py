@@ -13,6 +13,17 @@ def is_conv1d(module: nn.Module) -> bool:
     return library is not None and isinstance(module, library.Conv1D)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is an ``nn.Linear`` or a ``Conv1D``."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def feature_counts(module: nn.Module, out_features: int, in_features: int) -> dict[str, int]:
+    """The attributes by which a linear layer tells its shape, with these values."""
+    names = ("nf", "nx") if is_conv1d(module) else ("out_features", "in_features")
+    return dict(zip(names, (out_features, in_features), strict=True))
+
+
 def float_parameter(module: nn.Module, name: str = "weight") -> Tensor:
     """The parameter behind a linear layer's weight: ``weight_orig`` where ``torch.nn.utils.prune`` put a mask on it."""
     parameter = module._parameters.get(f"{name}_orig", getattr(module, name))

@@ -226,7 +226,7 @@ class QLinear(nn.Module):
         dtype = self.weight_scale.dtype
         self.weight_scale = self.weight_scale.view(_integer(dtype))
         try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # PyTorch has no annotation
         finally:
             self.weight_scale = self.weight_scale.view(dtype)
         return self.prepare() if prepared else self
@@ -279,7 +279,7 @@ class QLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         prepared = state.pop("_was_prepared", False)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # PyTorch has no annotation
         if prepared:
             self.prepare()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlinear.float_layers import float_parameter, float_shape, is_conv1d
+from qlinear.float_layers import feature_counts, float_parameter, float_shape, is_conv1d, is_linear
 from qlinear.linear import QLinear
 
 #: Names under which attention modules keep their number of heads, of key-value heads, and a width of all heads.
@@ -45,7 +45,7 @@ def reshape(model: nn.Module, found: dict[str, Any]) -> None:
     modules = dict(model.named_modules())
     for name, (n, k) in found.get("layers", {}).items():
         layer = modules.get(name)
-        if layer is None or not _is_linear(layer):
+        if layer is None or not is_linear(layer):
             raise ValueError(f"the checkpoint changes the shape of {name!r}, which is no linear layer of the model")
         _resize(layer, n, k)
     for name, counts in found.get("attributes", {}).items():
@@ -68,15 +68,11 @@ def _plain(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
 def _shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QLinear):
             yield name, (module.out_features, module.in_features)
-        elif _is_linear(module):
+        elif is_linear(module):
             yield name, float_shape(module)
 
 
@@ -88,9 +84,9 @@ def _counts(model: nn.Module) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _resize(layer: nn.Module, n: int, k: int) -> None:
-    weight, conv1d = float_parameter(layer), is_conv1d(layer)
-    layer.weight = nn.Parameter(weight.new_empty((k, n) if conv1d else (n, k)), weight.requires_grad)
+    weight = float_parameter(layer)
+    layer.weight = nn.Parameter(weight.new_empty((k, n) if is_conv1d(layer) else (n, k)), weight.requires_grad)
     if isinstance(layer.bias, nn.Parameter):
         layer.bias = nn.Parameter(layer.bias.new_empty(n), layer.bias.requires_grad)
-    for name, size in (("nf", n), ("nx", k)) if conv1d else (("out_features", n), ("in_features", k)):
+    for name, size in feature_counts(layer, n, k).items():
         setattr(layer, name, size)

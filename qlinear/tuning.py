@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qlinear.float_layers import float_shape, is_conv1d
+from qlinear.float_layers import float_shape, is_linear
 from qlinear.format import Scheme
 from qlinear.layout import native_layout
 from qlinear.linear import QLinear
@@ -187,6 +187,6 @@ def _shapes(layers: nn.Module | Iterable[tuple[int, int]], schemes: list[str]) -
     for module in layers.modules():
         if isinstance(module, QLinear):
             found.append((module.scheme, module.out_features, module.in_features))
-        elif isinstance(module, nn.Linear) or is_conv1d(module):
+        elif is_linear(module):
             found += [(scheme, *float_shape(module)) for scheme in schemes]
     return list(dict.fromkeys(found))

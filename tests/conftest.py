@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty returns NaN (or a large integer): what a kernel does not write is seen."""
     empty = torch.empty
 
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        tensor = empty(*args, **kwargs)  # type: ignore[call-overload]
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
         return tensor.fill_(float("nan") if tensor.is_floating_point() else 93)
 
     monkeypatch.setattr(torch, "empty", poisoned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from models import finite
@@ -15,8 +16,8 @@ from qlinear.quantize import Codes
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def dtype_id(dtype: object) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))  # type: ignore[call-overload]
+def dtype_id(dtype: Any) -> str:
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))
 
 
 def to_device(packed: PackedWeight, device: torch.device) -> PackedWeight:

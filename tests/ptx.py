@@ -35,9 +35,9 @@ def inline_ptx(function: Any) -> list[InlinePtx]:
     found = []
     for call in calls:
         dtype = next(k.value for k in call.keywords if k.arg == "dtype")
-        first = dtype.elts[0] if isinstance(dtype, ast.Tuple) else dtype
-        text, constraints = (argument.value for argument in call.args[:2])  # type: ignore[attr-defined]
-        found.append(InlinePtx(first.attr, text, constraints))  # type: ignore[attr-defined]
+        first: Any = dtype.elts[0] if isinstance(dtype, ast.Tuple) else dtype
+        text, constraints = (ast.literal_eval(argument) for argument in call.args[:2])
+        found.append(InlinePtx(first.attr, text, constraints))
     return found
 
 

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +45,8 @@ TINY = Sizes(
 )
 
 
-def job(device: torch.device, **changes: object) -> Job:
-    return Job(device, **({"sizes": TINY} | changes))  # type: ignore[arg-type]
+def job(device: torch.device, **changes: Any) -> Job:
+    return Job(device, **{"sizes": TINY, **changes})
 
 
 class Clock:
@@ -93,7 +95,7 @@ def test_a_run_is_taken_up_again(tmp_path: Path) -> None:
     assert plan(tmp_path, takes, 5) == []
 
 
-def script(text: str) -> object:
+def script(text: str) -> Callable[[Stage, Path, float], list[str]]:
     return lambda stage, folder, seconds: [sys.executable, "-S", "-c", text, str(folder), stage.name]
 
 
@@ -123,7 +125,7 @@ def test_what_is_left_of_a_process(text: str, wanted: Result, tmp_path: Path, mo
     monkeypatch.setattr(gpu, "_GRACE", 5.4 if "sleep" in text else 60.0)
     stage = Stage("one", 1, "none:none")
     begin = time.monotonic()
-    gpu.in_process(stage, tmp_path, 0.05, script(WRITE + text))  # type: ignore[arg-type]
+    gpu.in_process(stage, tmp_path, 0.05, script(WRITE + text))
     assert gpu.read(tmp_path, "one") == wanted
     assert time.monotonic() - begin < 55 and not (tmp_path / ".one.partial").exists()
 

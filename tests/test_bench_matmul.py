@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 def settings(**changes: object) -> matmul.Settings:
     values = {"device": CPU, "dtype": torch.bfloat16, "tokens": (1, 3), "schemes": ("w4a16-g32", "w8a8")}
-    return matmul.Settings(**(values | {"seconds": 0.0, "note": lambda text: None} | changes))  # type: ignore[arg-type]
+    return matmul.Settings(**(values | {"seconds": 0.0, "note": lambda text: None} | changes))
 
 
 def test_a_row_for_every_scheme_and_number_of_tokens() -> None:
@@ -157,7 +157,7 @@ def test_gpus_are_found_by_name(name: str, found: str | None, monkeypatch: pytes
 def test_errors_name_what_was_got(changes: dict[str, str], message: str) -> None:
     asked = dict.fromkeys(("models", "schemes", "tokens", "device")) | {"dtypes": "bfloat16"} | changes
     with pytest.raises(ValueError, match=message):
-        matmul.jobs(**asked, seconds=0.1, peers=())  # type: ignore[arg-type]
+        matmul.jobs(**asked, seconds=0.1, peers=())
 
 
 def test_jobs_of_the_command_line() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from bench.workers import answer, ask
 from qlinear.format import DENSE, FORMATS, Format
-from qlinear.kernels.bitmap import bitmap_config
+from qlinear.kernels.bitmap import shipped_bitmap_configs
 from qlinear.kernels.blocks import shipped_block_configs
 from qlinear.kernels.configs import Config, shared_bytes, shipped_configs
 from qlinear.kernels.runtime import Capability, Target
@@ -89,8 +89,7 @@ def jobs() -> list[Job]:
             for i, fmt in enumerate(fmt for fmt in FORMATS.values() if fmt.sparsity == "unstructured"):
                 dtypes = DTYPES if target == (9, 0) else ("bf16", "fp32")
                 for dtype in dtypes:
-                    shapes = [(tokens, 4096, 4096, DTYPES[dtype], Target(target, 132)) for tokens in (16, 64)]
-                    configs = dict.fromkeys(bitmap_config(*shape) for shape in shapes)
+                    configs = shipped_bitmap_configs(DTYPES[dtype], Target(target, 132))
                     result += [Job("bitmap", target, dtype, fmt, config) for config in configs]
                 result.append(Job("expand", target, ("bf16", "fp32")[i], fmt))
         for k in (200, 14336):

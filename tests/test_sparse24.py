@@ -36,7 +36,7 @@ def test_layouts_are_exact_both_ways(fmt: Format, layout: str, n: int, k: int, s
     assert there.layout == layout
     for wanted, got in zip(plain.tensors, there.to_layout("plain").tensors, strict=True):
         assert (wanted is None) == (got is None)
-        assert wanted is None or (wanted.dtype == got.dtype and torch.equal(wanted, got))  # type: ignore[union-attr]
+        assert wanted is None or (wanted.dtype == got.dtype and torch.equal(wanted, got))
 
 
 @every_format

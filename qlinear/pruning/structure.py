@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from qlinear.float_layers import float_shape, is_conv1d
+from qlinear.float_layers import float_shape, is_linear
 from qlinear.reshaped import KEY_HEADS, QUERY_HEADS, WIDTHS
 
 _MLPS = (
@@ -107,7 +107,7 @@ def _get(module: nn.Module, path: str) -> nn.Module | None:
         if not isinstance(below, nn.Module):
             return None
         module = below
-    return module if isinstance(module, nn.Linear) or is_conv1d(module) else None
+    return module if is_linear(module) else None
 
 
 def _mlp(name: str, module: nn.Module) -> Iterator[Structure]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlinear.conversion import candidates
-from qlinear.float_layers import is_conv1d
+from qlinear.float_layers import feature_counts, is_conv1d
 from qlinear.pruning.select import lowest
 from qlinear.pruning.sparsegpt import damped, factor
 from qlinear.pruning.structure import Slice, Structure, find
@@ -163,15 +163,15 @@ def columns(part: Slice, keep: Tensor, units: int) -> Tensor:
 
 def _set_weight(layer: nn.Module, weight: Tensor, rows: Tensor | None, undo: Undo) -> None:
     """Gives a layer a weight ``[N, K]`` of another shape, and the kept entries of its bias where rows went."""
-    old, conv1d = layer.weight, is_conv1d(layer)
+    old = layer.weight
     assert isinstance(old, Tensor)
-    stored = weight.t() if conv1d else weight
+    stored = weight.t() if is_conv1d(layer) else weight
     n, k = weight.shape
     undo.set(layer, "weight", nn.Parameter(stored.contiguous(), old.requires_grad))
     bias = layer.bias
     if rows is not None and isinstance(bias, Tensor):
         undo.set(layer, "bias", nn.Parameter(bias.detach()[rows.to(bias.device)].clone(), bias.requires_grad))
-    for name, size in (("nf", n), ("nx", k)) if conv1d else (("out_features", n), ("in_features", k)):
+    for name, size in feature_counts(layer, n, k).items():
         undo.set(layer, name, size)
 
 
