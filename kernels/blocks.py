@@ -35,7 +35,7 @@ _WARPS = 16
 def _block_kernel(
     x_ptr, w_ptr, scale_ptr, index_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K, stride_xm, splits,
     DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, OFFSET: tl.constexpr,
-    SCALE_WEIGHT: tl.constexpr, MASK_K: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_WEIGHT: tl.constexpr, JOIN: tl.constexpr, MASK_K: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum over the stored blocks of n's row of sum_k x[m, k] * value[n, k] * scale + bias[n]
@@ -47,6 +47,9 @@ def _block_kernel(
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     WORDS: tl.constexpr = BLOCK_N // PLANES
+    # Planes of one product, and its columns.
+    SLICES: tl.constexpr = PLANES if JOIN else 1
+    STEP: tl.constexpr = WORDS * SLICES
     tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     tiles_m, rows = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = tile % tiles_m, tl.load(index_ptr + tile // tiles_m)
@@ -55,7 +58,7 @@ def _block_kernel(
     first = tl.minimum(start + split * per_split, end)
     last = tl.minimum(first + per_split, end)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, offs_k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_N)
+    row, offs_k = tl.arange(0, BLOCK_N), tl.arange(0, STEP)
     offs_n = pid_n * BLOCK_N + row
     w_offs = row[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
@@ -72,10 +75,6 @@ def _block_kernel(
         scale = tl.load(s_ptrs, mask=row < tl.where(first < last, BLOCK_N, 0), other=0)
     for block in range(first, last):
         column = tl.load(columns + block) * BLOCK_N
-        mask = (offs_m < M)[None, :]
-        if MASK_K:
-            mask = mask & (column + offs_k < K)[:, None]
-        x = tl.load(x_ptrs + column, mask=mask, other=0)
         planes = DECODE(tl.load(w_base + w_offs), zeros, PTX, DT)
         w_base += BLOCK_N * WORDS
         if GROUP is not None:
@@ -83,11 +82,18 @@ def _block_kernel(
             next_scale = tl.load(s_ptrs)
             if SCALE_WEIGHT:
                 planes = scale_planes(planes, (scale,), PLANES, 1, DT)
-        w = concat(planes, 0, PLANES)
+        total = acc if GROUP is None or SCALE_WEIGHT else tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for j in tl.static_range(BLOCK_N // STEP):
+            mask = (offs_m < M)[None, :]
+            if MASK_K:
+                mask = mask & (column + j * STEP + offs_k < K)[:, None]
+            x = tl.load(x_ptrs + (column + j * STEP), mask=mask, other=0)
+            w = concat(planes, j * SLICES, SLICES)
+            total = tl.dot(w, x, total, input_precision=PRECISION)
         if GROUP is None or SCALE_WEIGHT:
-            acc = tl.dot(w, x, acc, input_precision=PRECISION)
+            acc = total
         else:
-            acc += tl.dot(w, x, input_precision=PRECISION) * scale.to(tl.float32)[:, None]
+            acc += total * scale.to(tl.float32)[:, None]
         if GROUP is not None:
             scale = next_scale
 
@@ -190,6 +196,7 @@ def block_constexprs(
         "SCALED": fmt.number == "int",
         "OFFSET": fmt.offset,
         "SCALE_WEIGHT": config.scales_weight(fmt),
+        "JOIN": config.joins_planes(fmt, dtype, target.capability),
         "MASK_K": in_features % config.block_n != 0,
         "PTX": target.nvidia,
         "PRECISION": target.precision(dtype),

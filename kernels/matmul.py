@@ -34,7 +34,7 @@ def _matmul_kernel(
     x_ptr, w_ptr, index_ptr, scale_ptr, x_scale_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
     M, N, K, stride_xm, splits,
     DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
-    MASK_K: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    JOIN: tl.constexpr, MASK_K: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     FLOAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] * (code[n, k] - zero[n, k // GROUP]) * scale[n, k // GROUP] * x_scale[m] + bias[n]
@@ -53,9 +53,13 @@ def _matmul_kernel(
     COUNT: tl.constexpr = 1 if GROUP is None else 128 // GROUP
     # What is stored per group: a scale, or a scale and a zero point.
     PARTS: tl.constexpr = 2 if OFFSET is None else 1
-    # Columns of one product: a whole block, but one group where the scale goes on the sum.
+    # Columns of one sum: a whole block, but one group where the scale goes on the sum.
     SPAN: tl.constexpr = 128 if SCALE_WEIGHT else 128 // COUNT
-    SLICES: tl.constexpr = (PLANES if PLANES >= COUNT else COUNT) * SPAN // 128
+    # Planes of one product, and its columns.
+    DECODED: tl.constexpr = PLANES if PLANES >= COUNT else COUNT
+    SLICES: tl.constexpr = DECODED * SPAN // 128 if JOIN else 1
+    STEP: tl.constexpr = 128 // DECODED * SLICES
+    PIECES: tl.constexpr = SPAN // STEP
 
     tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     tiles_m, blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(K, 128)
@@ -64,7 +68,7 @@ def _matmul_kernel(
     first, last = split * per_split, tl.minimum((split + 1) * per_split, blocks)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, SPAN)
+    offs_k = tl.arange(0, STEP)
 
     # The tiles of a program lie within 2**31 words: 64-bit arithmetic is left to one address for all threads.
     # Multiplied out: with a common factor taken out ptxas spills w8a16 on sm_100 and waits for loads elsewhere.
@@ -108,21 +112,24 @@ def _matmul_kernel(
             w_base + w_offs, index, scales, DECODE, PLANES, COUNT, OFFSET, scale_ptr if FLOAT else None, PTX, DT
         )
         if SCALE_WEIGHT:
-            planes = scale_planes(planes, scales, PLANES if PLANES >= COUNT else COUNT, COUNT, DT)
+            planes = scale_planes(planes, scales, DECODED, COUNT, DT)
         for i in tl.static_range(128 // SPAN):
-            mask = x_mask
-            if MASK_K:
-                mask = x_mask & (block * 128 + i * SPAN + offs_k < K)[:, None]
-            x = tl.load(x_ptrs + i * SPAN, mask=mask, other=0.0)
-            w = concat(planes, i * SLICES, SLICES)
-            # Some tensor cores keep 14 bits of a running sum of float8 products: they get a block at a time.
-            if DT == tl.float8e4nv:
-                acc += tl.dot(w, x, max_num_imprecise_acc=128)
-            elif GROUP is None or SCALE_WEIGHT:
-                acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
+            total = acc if GROUP is None or SCALE_WEIGHT else tl.zeros((BLOCK_N, BLOCK_M), PRODUCT)
+            for j in tl.static_range(PIECES):
+                mask = x_mask
+                if MASK_K:
+                    mask = x_mask & (block * 128 + (i * PIECES + j) * STEP + offs_k < K)[:, None]
+                x = tl.load(x_ptrs + (i * PIECES + j) * STEP, mask=mask, other=0.0)
+                w = concat(planes, (i * PIECES + j) * SLICES, SLICES)
+                # Some tensor cores keep 14 bits of a running sum of float8 products: they get a block at a time.
+                if DT == tl.float8e4nv:
+                    total += tl.dot(w, x, max_num_imprecise_acc=128)
+                else:
+                    total = tl.dot(w, x, total, input_precision=PRECISION, out_dtype=PRODUCT)
+            if GROUP is None or SCALE_WEIGHT:
+                acc = total
             else:
-                product = tl.dot(w, x, input_precision=PRECISION, out_dtype=PRODUCT).to(tl.float32)
-                acc += product * (scales[i].to(tl.float32) * UNIT)[:, None]
+                acc += total.to(tl.float32) * (scales[i].to(tl.float32) * UNIT)[:, None]
         w_base += TILE_ROWS * WORDS
         x_ptrs += 128
         if GROUP is not None and OFFSET is not None:
@@ -147,6 +154,7 @@ def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config
         "GROUP": fmt.group_size,
         "OFFSET": fmt.offset if fmt.symmetric else None,
         "SCALE_WEIGHT": config.scales_weight(fmt),
+        "JOIN": config.joins_planes(fmt, dtype, target.capability),
         "MASK_K": in_features % BLOCK_K != 0,
         "PTX": target.nvidia,
         # float32 on tensor cores: the sum of three TF32 products is as exact as float32's own.

@@ -120,16 +120,17 @@ def test_half_a_gpu_has_half_of_everything():
 
 
 def test_the_slots_are_those_of_the_machine_code(tmp_path):
-    """Recounts the formats that set the table's numbers for Hopper."""
+    """Recounts the formats that set the table's numbers for Ampere and Hopper."""
     jobs = {}
     for scheme, n, bound in (
+        ("w8a16-g64", 8192, (8, 128)),
         ("w4a16-g32-asym", 28672, (9, 256)),
         ("w8a16-g32", 8192, (9, 128)),
         ("w8a16-fp8", 8192, (9, 128)),
     ):
-        config = choose_config(256, n, 8192, DENSE[scheme], DTYPES["bf16"], (9, 0), 132)
+        config = choose_config(256, n, 8192, DENSE[scheme], DTYPES["bf16"], (bound[0], 0), 132)
         assert (config.block_m, config.block_n) == (128, bound[1])
-        jobs[Job(scheme, "bf16", (9, 0), config)] = bound
+        jobs[Job(scheme, "bf16", (bound[0], 0), config)] = bound
     found = audit({job: Problem("", "", 256, 8192, 8192) for job in jobs}, tmp_path)
     for job, bound in jobs.items():
         table = SLOTS[bound][job.format.group_size is not None]

@@ -23,6 +23,8 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 SMALL = Config(block_m=16, block_n=64, num_warps=4, num_stages=2)
 LARGE = Config(block_m=128, block_n=64, num_warps=4, num_stages=2)
 SPLIT = replace(SMALL, split_k=2)
+#: Too few warps for a warpgroup: planes are multiplied apart, scales on the weight. A tile of 8 has them on the sum.
+APART = Config(block_m=64, block_n=64, num_warps=2, num_stages=2)
 
 
 def check(x, packed, bias=None, config=None):
@@ -50,7 +52,7 @@ def test_odd_shapes(fmt, m, k, device):
     check(random_tokens(m, k, torch.float16, device), random_weight(fmt, 70, k, torch.float16, device))
 
 
-@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT], ids=str)
+@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, APART], ids=str)
 @every_format
 def test_scale_on_the_sum_or_on_the_weight(fmt, config, device):
     check(
@@ -126,7 +128,7 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT], ids=str)
+@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, APART], ids=str)
 def test_what_is_not_finite_stays_in_its_row(config, device):
     packed = random_weight(DENSE["w4a16"], 70, 200, torch.float16, device)
     x = random_tokens(5, 200, torch.float16, device)
