@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import bitmaps, fragments, sparsity
+from bench import bitmaps, fragments, sparsity, sparsity24
 from bench.audit import SCHEMES, Audited, job_and_config, jobs_of, read_kernel, steps
 from bench.budgets import KNOWN, excesses
 from bench.cubins import DTYPES, Job, read_all
@@ -42,10 +42,14 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         kernels = read_all([*jobs, *mma_sp, *unstructured], dump or Path(scratch), read)
     machines = [machine for machine in MACHINES.values() if machine.arch in archs]
-    parts, data = _tables({job: kernels[job] for job in jobs}, wanted, counted, machines) if jobs else ([], {})
-    sparse, data["sparse"] = fragments.report([kernels[job] for job in mma_sp], wanted)
+    audited, on_sparse_cores = {job: kernels[job] for job in jobs}, [kernels[job] for job in mma_sp]
+    parts, data = _tables(audited, wanted, counted, machines) if jobs else ([], {})
+    halves = [sparsity24.rows(audited, on_sparse_cores, wanted, machine) for machine in machines]
+    data["half_sparsity"] = [row for found in halves for row in found]
+    sparse, data["sparse"] = fragments.report(on_sparse_cores, wanted)
+    worth = [sparsity24.as_table(found, machine) for found, machine in zip(halves, machines, strict=True) if found]
     bits, data["unstructured"] = bitmaps.report(kernels[job] for job in unstructured)
-    return "\n\n".join(part for part in [*parts[:-1], sparse, bits, *parts[-1:]] if part), data
+    return "\n\n".join(part for part in [*parts[:-1], sparse, *worth, bits, *parts[-1:]] if part), data
 
 
 def _tables(

@@ -48,6 +48,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-kernel", action="store_true", help="Compile all that ships, not a sample: minutes more.")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in two processes where pytest-xdist is there and nothing else was asked for.
+
+    Most of it is Python that interprets kernels. A file stays in one process: its tests share what they compiled.
+    """
+    # Those two processes come here as well.
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+        config.option.benchmark_disable = True
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_kernel: runs with --every-kernel only")
     config.addinivalue_line("markers", "compiled: needs the result of a compilation that tests/test_compile.py makes")

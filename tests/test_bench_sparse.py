@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import sparse, sparsity
+from bench import fragments, sparse, sparsity, sparsity24
 from bench.audit import audit, jobs_of
+from bench.cubins import read_all
 from bench.problems import Problem
 from qlinear import reference
 from qlinear.machines import MACHINES
@@ -30,6 +32,27 @@ def test_the_sparsity_from_which_on_blocks_are_as_fast(tmp_path: Path) -> None:
     text = sparsity.as_table(found, MACHINES["H200"])
     assert "8192 x 8192" in text and " 5%" in text and "50%" in text
     assert "never" in sparsity.as_table([found[0] | {"sparsity": None}], MACHINES["H200"])
+
+
+def test_what_half_of_the_weights_are_worth(tmp_path: Path) -> None:
+    problem, machine = Problem("m", "l", 1, 8192, 8192), MACHINES["H200"]
+    audited = audit(jobs_of([problem], ["w4a16", "w8a16", "w4a16-2:4"], "sm_90", ["fp16"]), tmp_path)
+    jobs = fragments.jobs_of(["sm_90"], ["w4a16-2:4"])
+    few = [job for job in jobs if job.dtype == "fp16" and job.config.block_m == 8]
+    kernel = read_all(few, tmp_path, fragments.read)[few[0]]
+    found = sparsity24.rows(audited, [kernel], [problem], machine)
+    times = {(row["kernel"], row["dense"]): row["times"] for row in found}
+    assert len(times) == len(found) == 4
+    # Bytes decide for sparse tensor cores: 3.125 bits a weight against 4.125 and 8. Expanding costs instructions.
+    assert times["mma.sp", "w4a16"] == pytest.approx(4.125 / 3.125, rel=0.02)
+    assert times["mma.sp", "w8a16"] == pytest.approx(8 / 3.125, rel=0.02)
+    assert 1 < times["expanded", "w4a16"] < times["mma.sp", "w4a16"]
+    slow = replace(kernel, slots_per_weight=100.0)
+    assert sparsity24.fragment_seconds(slow, problem, machine) == pytest.approx(
+        100 * 128 * 8192 / 2 / 128 / machine.clock_hz, rel=0.01
+    )
+    text = sparsity24.as_table(found, machine)
+    assert "8192 x 8192" in text and "(mma.sp)" in text and "1.32x 2.5" in text
 
 
 def test_a_block_sparse_layer_is_timed_against_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
