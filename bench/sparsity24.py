@@ -20,6 +20,8 @@ from qlinear.machines import Machine
 from qlinear.tables import table
 
 TOKENS = (1, 16)
+#: Of smaller weights a processor has one program or none, whose waiting is predicted of the loop, not of mma.sp.
+_LEAST_WEIGHTS = 4096 * 4096
 #: What multiplies: the loop of dense weights, or sparse tensor cores, which no GPU has run yet.
 EXPANDED, FRAGMENTS = "expanded", "mma.sp"
 
@@ -44,7 +46,7 @@ def rows(
     """One row for each shape, number of tokens, 2:4 format, kernel and dense format."""
     schemes = {job.scheme for job in audited if job.capability == machine.capability}
     sparse = {(f.scheme, f.config): f for f in fragments if f.arch == machine.arch and f.dtype == DTYPE}
-    problems = {(p.m, p.n, p.k): p for p in wanted if p.m in TOKENS}
+    problems = {(p.m, p.n, p.k): p for p in wanted if p.m in TOKENS and p.n * p.k >= _LEAST_WEIGHTS}
     found, seconds = [], timing(audited, machine)
     for (m, n, k), problem in problems.items():
         dense = {name: seconds(problem, name, 1.0) for name in DENSE if name in schemes}
