@@ -86,7 +86,7 @@ def _block_kernel(
         for j in tl.static_range(BLOCK_N // STEP):
             mask = (offs_m < M)[None, :]
             if MASK_K:
-                mask = mask & (column + j * STEP + offs_k < K)[:, None]
+                mask = mask & (offs_k < K - column - j * STEP)[:, None]
             x = tl.load(x_ptrs + (column + j * STEP), mask=mask, other=0)
             w = concat(planes, j * SLICES, SLICES)
             total = tl.dot(w, x, total, input_precision=PRECISION)

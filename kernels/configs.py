@@ -56,6 +56,8 @@ _FP8_TILES: dict[int, _Tiles] = {
     10: _BLACKWELL_TILES | {8: _BLACKWELL_TILES[16]},
 }
 _AMD_TILES: _Tiles = {8: ((16, 128, 4),), 16: ((16, 128, 4),), 64: ((64, 128, 4),), 128: ((128, 128, 8),)}
+#: 2:4 in bfloat16 spills in a tile of 128 tokens.
+_AMD_TILES_24: _Tiles = _AMD_TILES | {128: ((64, 128, 4),)}
 #: float32 is there to be right: three products for one leave no registers for more.
 _FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((8, 64, 4),))
 #: ptxas spills a few registers of 4 warps in groups of 64.
@@ -227,7 +229,8 @@ def token_bytes(fmt: Format, dtype: torch.dtype, capability: Capability) -> int:
 
 def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability) -> tuple[tuple[int, int, int], ...]:
     if isinstance(capability, str):
-        return (_AMD_FLOAT32_TILES if dtype == torch.float32 else _AMD_TILES)[bucket]
+        tiles = _AMD_TILES_24 if fmt.sparsity == "2:4" else _AMD_TILES
+        return (_AMD_FLOAT32_TILES if dtype == torch.float32 else tiles)[bucket]
     if dtype == torch.float32:
         return (_BLACKWELL_FLOAT32_TILES if capability[0] == 10 else _FLOAT32_TILES)[bucket]
     if fmt.group_size == 32 and capability[0] == 10:

@@ -118,7 +118,7 @@ def _matmul_kernel(
             for j in tl.static_range(PIECES):
                 mask = x_mask
                 if MASK_K:
-                    mask = x_mask & (block * 128 + (i * PIECES + j) * STEP + offs_k < K)[:, None]
+                    mask = x_mask & (offs_k < K - block * 128 - (i * PIECES + j) * STEP)[:, None]
                 x = tl.load(x_ptrs + (i * PIECES + j) * STEP, mask=mask, other=0.0)
                 w = concat(planes, (i * PIECES + j) * SLICES, SLICES)
                 # Some tensor cores keep 14 bits of a running sum of float8 products: they get a block at a time.
