@@ -185,7 +185,9 @@ def refusal(
     shared memory of a processor; no part of K is empty; many tokens, whose number is open, are not split.
     """
     block_m = _tiles(min(bucket, M_BUCKETS[-1]), fmt, dtype, capability)[0][0]
-    if config.block_m != block_m or config.block_n not in (64, 128, 256) or config.num_warps not in (2, 4, 8):
+    # Two warps have no registers for more.
+    warps = (2, 4, 8) if block_m <= 16 else (4, 8)
+    if config.block_m != block_m or config.block_n not in (64, 128, 256) or config.num_warps not in warps:
         return f"no tile of {bucket} tokens is {config.block_m}x{config.block_n} in {config.num_warps} warps"
     shared = shared_bytes(capability)
     buffers = (config.num_stages - 1) * sum(_tile_bytes(block_m, config.block_n, fmt, dtype, capability))

@@ -17,7 +17,7 @@ from qlinear.kernels.tuned import Table
 #: A candidate must be so many times as fast as the best so far, twice: less is noise.
 GAIN = 1.02
 #: Rows and warps of a tile.
-_SHAPES = ((128, 4), (256, 4), (256, 8), (64, 4), (128, 8))
+_SHAPES = ((128, 4), (256, 4), (256, 8), (64, 4), (128, 8), (128, 2))
 #: Tokens at which the kernel is compared with the vendor's matmul.
 _STEPS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, MOST_TOKENS)
 

@@ -55,9 +55,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     Most of it is Python that interprets kernels. A file stays in one process: its tests share what they compiled.
     """
     # Those two processes come here as well.
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
-    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and not worker and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses, config.option.dist = 2, "loadfile"
+    if worker or getattr(config.option, "numprocesses", None):
+        # pytest-benchmark would disable itself with a warning, which is an error here.
         config.option.benchmark_disable = True
 
 
