@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import sass
 from bench.cubins import Counted, Job, counts, kinds_of
-from bench.predict import weight_bytes
+from bench.predict import traffic
 from bench.problems import Problem
 from qlinear.format import FORMATS, Format
 from qlinear.kernels.configs import Config
@@ -93,11 +93,8 @@ def slots_per_weight(loop: sass.Loop, fmt: Format, config: Config) -> tuple[floa
 
 def l2_per_weight_byte(problem: Problem, fmt: Format, config: Config) -> float:
     """Bytes through the L2 cache per byte of the weight: that, x for every tile of rows, partial sums both ways, y."""
-    _, _, m, n, k = problem
-    weight = weight_bytes(fmt, n, k)
-    tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
-    partials = 8 * m * n * config.split_k if config.split_k > 1 else 0
-    return (weight * tiles_m + 2 * m * k * tiles_n + partials + 2 * m * n) / weight
+    moved = traffic(problem, fmt, config)
+    return moved.l2 / moved.weight
 
 
 def report(kernels: Sequence[Fragments], problems: Iterable[Problem]) -> tuple[str, dict[str, Any]]:

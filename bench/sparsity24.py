@@ -10,8 +10,8 @@ from typing import Any
 
 from bench.audit import Audited
 from bench.cubins import Job
-from bench.fragments import SCHEMES, Fragments, l2_per_weight_byte
-from bench.predict import macs_per_clock, traffic, weight_bytes
+from bench.fragments import SCHEMES, Fragments
+from bench.predict import macs_per_clock, traffic
 from bench.problems import Problem
 from bench.sparsity import DENSE, DTYPE, timing
 from qlinear.format import FORMATS
@@ -35,9 +35,8 @@ def fragment_seconds(kernel: Fragments, problem: Problem, machine: Machine) -> f
     # Of one multiprocessor; what is multiplied by a stored zero takes no time.
     issue = weights * kernel.slots_per_weight / (machine.slots_per_s / machine.sms)
     tensor = weights * config.block_m / (2 * macs_per_clock(fmt, machine)) / machine.clock_hz
-    memory = traffic(problem, fmt, config, machine.capability).memory / machine.stream_bytes_per_s
-    cached = l2_per_weight_byte(problem, fmt, config) * weight_bytes(fmt, n, k) / machine.l2_bytes_per_s
-    return max(issue, tensor, memory, cached)
+    moved = traffic(problem, fmt, config, machine.capability)
+    return max(issue, tensor, moved.memory / machine.stream_bytes_per_s, moved.l2 / machine.l2_bytes_per_s)
 
 
 def rows(

@@ -11,6 +11,7 @@ from models import byte_tokenizer, tiny_language_model
 
 transformers = pytest.importorskip("transformers")
 
+# E402: without transformers the line above leaves this file out, before anything of the demo is imported.
 from qlinear.demo.decode import decode_rate, generate_ids, generate_text  # noqa: E402
 from qlinear.demo.text import perplexity, sample_ids, token_windows  # noqa: E402
 from qlinear.demo.twin import off_grid_twin  # noqa: E402
