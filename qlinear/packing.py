@@ -28,7 +28,7 @@ class PackedWeight:
     - ``triton``: what the GPU kernels read. - ``cpu``: what PyTorch's packed CPU operators read.
 
     A sparse format stores the kept weights only, and ``index`` says where they belong: see :mod:`qlinear.sparse`.
-    Blocks and 2:4 weights have GPU layouts of their own; everything else sparse is plain on every device.
+    Blocks and 2:4 weights have GPU layouts of their own, blocks one for the CPU too; everything else sparse is plain.
     """
 
     weight: Tensor
@@ -96,13 +96,12 @@ class PackedWeight:
         if target == "mma.sp":
             raise ValueError(f"layout 'mma.sp' is for 2:4 weights, got {self.format}")
         if self.index is not None:
-            weight, scale, index = sparse_layout.convert(
-                self.weight, self.scale, self.index, target, self.format, self.out_features
-            )
+            tensors = (self.weight, self.scale, self.index)
+            weight, scale, index = sparse_layout.convert(tensors, target, self.format, self.out_features)
             return replace(self, weight=weight, scale=scale, index=index)
-        tensors = (self.weight, self.scale, self.zero_point)
-        tensors = layouts.convert(tensors, self.layout, target, self.format, self.out_features, self.in_features)
-        return replace(self, weight=tensors[0], scale=tensors[1], zero_point=tensors[2])
+        dense = (self.weight, self.scale, self.zero_point)
+        dense = layouts.convert(dense, self.layout, target, self.format, self.out_features, self.in_features)
+        return replace(self, weight=dense[0], scale=dense[1], zero_point=dense[2])
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight ``[N, K]`` this stands for, rounded once to ``dtype`` (the scale's)."""

@@ -23,8 +23,8 @@ def layer(scheme="w4a16", **kwargs):
 
 
 def native(scheme):
-    """What the CPU computes with: sparse weights are plain there."""
-    return "cpu" if qlinear.FORMATS[scheme].sparsity is None else "plain"
+    """What the CPU computes with: 2:4 and unstructured weights are plain there."""
+    return "plain" if qlinear.FORMATS[scheme].sparsity in ("2:4", "unstructured") else "cpu"
 
 
 def plain_bits(q):

@@ -12,7 +12,7 @@ from models import random_packed, same_bits
 from torch import nn
 
 import qlinear
-from qlinear import cpu_sparse, reference, sparse
+from qlinear import cpu_sparse, reference, sparse, sparse_layout
 from qlinear.bits import unpack_bits
 from qlinear.format import FORMATS
 from qlinear.kernels.blocks import block_linear_tensors, choose_block_config
@@ -56,7 +56,8 @@ def test_any_pattern_comes_back(data):
     dense = packed.dequantize(torch.float32)
     assert not dense[weight == 0].any()
     assert same_weight(pack_codes(packed.codes(), fmt), packed)
-    assert same_weight(packed.to_layout("triton").to_layout("plain"), packed)
+    for layout in ("triton", "cpu"):
+        assert same_weight(packed.to_layout(layout).to_layout("plain"), packed)
 
 
 def test_only_legal_nibbles_are_stored():
@@ -96,7 +97,7 @@ def test_bits_per_weight_are_what_was_promised():
         for density in (0.1, 0.5, 0.9):
             pruned = sparse.prune_weight(weight, fmt, "magnitude", 1 - density)
             plain = qlinear.pack(pruned, fmt.name, layout="plain")
-            for packed in (plain, plain.to_layout("triton")):
+            for packed in (plain, plain.to_layout("triton"), plain.to_layout("cpu")):
                 assert packed.nbytes <= (packed.density + 0.01) * dense
                 assert packed.density == pytest.approx(density, abs=2e-3)
 
@@ -173,7 +174,7 @@ def test_a_checkpoint_of_any_size_loads_strictly(fmt):
         qlinear.QLinear(200, 130, fmt.name, dtype=torch.bfloat16),
     ):
         other.load_state_dict(layer.state_dict(), strict=True, assign=other.weight_packed.is_meta)
-        assert same_weight(other.packed, layer.packed)
+        assert same_weight(other.prepare().packed, layer.packed)
     assert same_weight(copy.deepcopy(layer).packed, layer.packed)
     assert same_weight(pickle.loads(pickle.dumps(layer)).packed, layer.packed)
 
@@ -189,20 +190,42 @@ def test_an_index_that_contradicts_the_weight_is_refused_and_changes_nothing(sch
     assert all(same_bits(t, before[name]) for name, t in model.state_dict().items())
 
 
+@pytest.fixture
+def short_slices(monkeypatch):
+    """Slices of eight blocks, so that small weights have several."""
+    monkeypatch.setattr(sparse_layout, "SLICE", 8)
+
+
+def rows_of_blocks(counts, size=64, columns=11):
+    """A weight whose rows of blocks have so many blocks, the last row and column of blocks cut short."""
+    weight = torch.randn(len(counts) * size - 20, columns * size - 30, generator=torch.Generator().manual_seed(4))
+    kept = torch.zeros(len(counts), columns, dtype=torch.bool)
+    for row, count in zip(kept, counts, strict=True):
+        row[torch.randperm(columns, generator=torch.Generator().manual_seed(count))[:count]] = True
+    return weight * kept.repeat_interleave(size, 0).repeat_interleave(size, 1)[: len(weight), : weight.shape[1]]
+
+
 @every_block
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_blocks_in_a_batch_and_by_rows_on_a_cpu(fmt, dtype, monkeypatch):
-    """Both ways give the product, rows of blocks without any block included."""
-    weight = torch.randn(200, 333).to(dtype)
-    weight[64:128] = 0
-    packed = qlinear.pack(weight, fmt.name, layout="plain", prune="magnitude")
-    for tokens, batched in ((1, True), (40, True), (40, False)):
-        monkeypatch.setattr(cpu_sparse, "BATCH_TOKENS", 1 << 30 if batched else 0)
-        # Large numbers: float16 holds the products of scaled weights only.
-        x = (30 * torch.randn(tokens, 333)).to(dtype)
-        y = cpu_sparse.matmul(x, packed)
-        assert error(y, reference.matmul(x, packed)) <= fmt.max_error(dtype)
-        assert not y[:, 64:128].any()
+@pytest.mark.parametrize("counts", [(0,), (3, 0, 4, 11, 1), (4, 8), (11, 11, 11, 10)], ids=str)
+def test_runs_and_single_blocks_on_a_cpu(fmt, counts, short_slices):
+    """However many blocks a row has: the layout loses nothing, takes no more, and gives the product."""
+    for dtype in DTYPES:
+        plain = qlinear.pack(rows_of_blocks(counts).to(dtype), fmt.name, layout="plain")
+        packed = plain.to_layout("cpu")
+        assert packed.layout == "cpu" and same_weight(packed.to_layout("plain"), plain)
+        assert packed.weight.nbytes == plain.weight.nbytes and packed.index.nbytes <= 8 * len(packed.weight)
+        assert sparse_layout.runs_and_singles(packed.weight, packed.index) == (
+            sum(count // sparse_layout.RUN for count in counts),
+            sum(count % sparse_layout.RUN for count in counts),
+        )
+        for tokens in (1, 5, 130):
+            # Large numbers: float16 holds the products of scaled weights only.
+            x = (30 * torch.randn(tokens, plain.in_features)).to(dtype)
+            y = cpu_sparse.matmul(x, packed)
+            assert y.dtype == dtype and y.shape == (tokens, plain.out_features)
+            assert not any(counts) or error(y, reference.matmul(x, plain)) <= fmt.max_error(dtype)
+            for row, count in enumerate(counts):
+                assert count or not y[:, 64 * row : 64 * row + 64].any()
 
 
 # --- the block-sparse kernel

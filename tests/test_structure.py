@@ -18,6 +18,7 @@ FLOORS = [
     ["layout"],
     ["sparse_layout", "layout24"],
     ["packing"],
+    ["cpu_blocks"],
     ["cpu_sparse"],
     ["reference", "cpu", "kernels"],
     ["paths", "token_ops"],
