@@ -27,6 +27,8 @@ from torch.nn import functional as F
 
 from qlinear.bits import pack_bits, unpack_bits
 from qlinear.format import Format, PlainShapes
+from qlinear.masks import masks
+from qlinear.patterns import Pattern
 from qlinear.quantize import Codes
 
 #: The nibble of every set of non-zeros in a group of four (bit i: position i); 0 where there are more than two.
@@ -212,27 +214,14 @@ def prune_weight(weight: Tensor, fmt: Format, method: str, sparsity: float = 0.5
     """A copy of a float weight ``[N, K]`` that has the pattern of the format.
 
     ``magnitude``: of every four the two largest are kept (2:4), or the share ``1 - sparsity`` of the blocks with the
-    largest sums of magnitudes, or of the weights.
+    largest sums of magnitudes, or of the weights (:func:`qlinear.masks.masks`).
 
     Raises:
         ValueError: unknown method.
     """
     if method != "magnitude":
         raise ValueError(f"prune={method!r} is not a method; the methods are: magnitude (qlinear.prune has others)")
-    size = weight.detach().abs().float()
-    if fmt.sparsity == "2:4":
-        fours = F.pad(size, (0, -size.shape[1] % 4)).unflatten(1, (-1, 4))
-        mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(2, fours.topk(2).indices, True)
-        mask = mask.flatten(1)[:, : size.shape[1]]
-    elif fmt.block:
-        chosen = _largest(blocks_of(size, fmt.block).sum((2, 3)), sparsity)
-        mask = chosen.repeat_interleave(fmt.block, 0).repeat_interleave(fmt.block, 1)[: size.shape[0], : size.shape[1]]
-    else:
-        mask = _largest(size, sparsity)
-    return torch.where(mask, weight.detach(), 0)
-
-
-def _largest(t: Tensor, sparsity: float) -> Tensor:
-    count = t.numel() - round(sparsity * t.numel())
-    mask = torch.zeros(t.numel(), dtype=torch.bool, device=t.device)
-    return mask.index_fill_(0, t.flatten().topk(count).indices, True).view_as(t)
+    assert fmt.sparsity is not None
+    weight = weight.detach()
+    (mask,) = masks([weight.abs()], Pattern.parse(fmt.sparsity), [sparsity], "layer")
+    return weight.masked_fill(mask, 0)

@@ -13,8 +13,8 @@ from models import TINY_MODELS, logits, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
 import qlinear
+from qlinear.masks import lowest, masks
 from qlinear.pruning import Pattern, fold_masks
-from qlinear.pruning.select import lowest, masks
 
 IDS = torch.randint(0, 99, (4, 12), generator=torch.Generator().manual_seed(3))
 BATCHES = [{"input_ids": IDS[:2]}, {"input_ids": IDS[2:], "attention_mask": torch.ones(2, 12, dtype=torch.long)}]

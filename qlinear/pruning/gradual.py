@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qlinear.pruning.patterns import Pattern
+from qlinear.masks import lowest_per_group, masks
+from qlinear.patterns import Pattern
 from qlinear.pruning.scores import magnitude
-from qlinear.pruning.select import lowest_per_group, masks
 from qlinear.pruning.targets import Share, fold, linear_layers, matrix, targets
 
 

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from qlinear.conversion import no_bar
 from qlinear.float_layers import float_parameter
 from qlinear.format import Scheme
-from qlinear.pruning import blocks, scores, select, structured
+from qlinear.masks import masks
+from qlinear.patterns import Pattern
+from qlinear.pruning import blocks, scores, structured
 from qlinear.pruning.calibration import evaluating, through_model
-from qlinear.pruning.patterns import Pattern
 from qlinear.pruning.rounding import Rounding
 from qlinear.pruning.sparsegpt import shrunk, sweep
 from qlinear.pruning.targets import Share, Target, fold_targets, linear_layers, matrix, targets
@@ -170,16 +171,16 @@ def _rank(job: _Job) -> None:
         assert job.loss is not None
         by_name = scores.gradient(job.model, job.modules, job.batches, job.loss)
         found = [by_name[t.name] for t in job.layers]
-        everything = select.masks(found, job.pattern, shares, job.scope)
+        everything = masks(found, job.pattern, shares, job.scope)
     elif job.scope == "global":
-        everything = select.masks([scores.magnitude(t.matrix) for t in job.layers], job.pattern, shares, "global")
+        everything = masks([scores.magnitude(t.matrix) for t in job.layers], job.pattern, shares, "global")
     else:
         everything = []
     for i, target in enumerate(job.bar(job.layers)):
         if everything:
             mask = everything[i]
         else:
-            mask = select.masks([scores.magnitude(target.matrix)], job.pattern, [target.sparsity], "layer")[0]
+            mask = masks([scores.magnitude(target.matrix)], job.pattern, [target.sparsity], "layer")[0]
         _zero(job, target, mask)
 
 
@@ -195,7 +196,7 @@ def _calibrated(job: _Job) -> None:
                     _sweep(job, target, second)
                 else:
                     scored = scores.wanda(target.matrix, second)
-                    _zero(job, target, select.masks([scored], job.pattern, [target.sparsity], "row")[0])
+                    _zero(job, target, masks([scored], job.pattern, [target.sparsity], "row")[0])
                 bar.update()
 
 

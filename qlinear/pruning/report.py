@@ -13,8 +13,8 @@ from qlinear.conversion import candidates
 from qlinear.float_layers import float_tensor, is_conv1d
 from qlinear.format import FORMATS, Format
 from qlinear.machines import MACHINES, STREAMED
-from qlinear.pruning.patterns import Pattern
-from qlinear.pruning.select import block_sums
+from qlinear.masks import block_sums
+from qlinear.patterns import Pattern
 from qlinear.tables import human_bytes, table
 
 #: Instructions for each weight, stored or not, of the kernels that may take longer to expand their bytes than to read

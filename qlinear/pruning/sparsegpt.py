@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from qlinear.pruning.patterns import Pattern
+from qlinear.masks import block_sums, lowest, lowest_per_group, spread_blocks
+from qlinear.patterns import Pattern
 from qlinear.pruning.rounding import Rounding
-from qlinear.pruning.select import block_sums, lowest, lowest_per_group, spread_blocks
 
 #: Times the damping is made ten times larger before a Hessian is given up.
 _ATTEMPTS = 5

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlinear.conversion import candidates
 from qlinear.float_layers import feature_counts, is_conv1d
-from qlinear.pruning.select import lowest
+from qlinear.masks import lowest
 from qlinear.pruning.sparsegpt import damped, factor
 from qlinear.pruning.structure import Slice, Structure, find
 from qlinear.pruning.targets import Target, matrix

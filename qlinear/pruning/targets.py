@@ -12,7 +12,7 @@ from torch.nn.utils.prune import remove as make_permanent
 
 from qlinear.conversion import candidates, choose
 from qlinear.float_layers import float_parameter, is_conv1d
-from qlinear.pruning.patterns import Pattern
+from qlinear.patterns import Pattern
 from qlinear.undo import Undo
 
 #: The share of zeros for every linear layer, or an ordered mapping of name patterns to shares (None leaves a layer).

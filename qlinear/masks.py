@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from qlinear.pruning.patterns import Pattern
+from qlinear.patterns import Pattern
 
 _HALF = 1 << 16
 
