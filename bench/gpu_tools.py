@@ -26,6 +26,8 @@ from qlinear.doctor import devices, versions
 ROOT = Path(__file__).parent.parent
 _CLOCKS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
 _SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
+#: A test whose tensors are where the kernels run.
+_USES_DEVICE = re.compile(r"^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
 #: Of an error's text.
 _MOST = 3000
 
@@ -105,9 +107,9 @@ def gpu_tests(job: Job) -> Result:
 
 def kernel_tests(job: Job) -> Result:
     """The other tests of the kernels, which run on the GPU where there is one."""
-    names = ("matmul", "int8", "decode", "dequantize", "gpu_path", "ops", "determinism")
-    files = [ROOT / "tests" / f"test_{name}.py" for name in names]
-    return tests(["-m", "not gpu", *(str(file) for file in files if file.exists())], job)
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.stem != "test_bench_gpu"]
+    using = [str(path) for path in files if _USES_DEVICE.search(path.read_text())]
+    return tests(["-m", "not gpu", *using], job)
 
 
 def tests(arguments: Sequence[str], job: Job) -> Result:

@@ -16,13 +16,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from qlinear.format import BLOCK_K, Format
+from qlinear.kernels.activations import _quantize_kernel, quantize_options, rounded_dtype
 from qlinear.kernels.bitmap import _bitmap_kernel, _expand_kernel, bitmap_constexprs, expand_constexprs
 from qlinear.kernels.blocks import _block_kernel, block_constexprs
 from qlinear.kernels.configs import Config
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.dequantize import _dequantize_kernel
 from qlinear.kernels.dequantize import constexprs as dequantize_constexprs
-from qlinear.kernels.int8 import _quantize_kernel, quantize_options, rounded_dtype
 from qlinear.kernels.matmul import _matmul_kernel, constexprs
 from qlinear.kernels.mma_sp import _mma_sp_kernel, fragment_constexprs
 from qlinear.kernels.runtime import Capability, Target

@@ -180,8 +180,8 @@ def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, config: 
     if x.dim() == 0 or x.shape[-1] != packed.in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be in_features = {packed.in_features}")
     x2d = x.reshape(-1, packed.in_features)
-    # Imported here because int8.py is built on this module.
-    from qlinear.kernels.int8 import quantized_linear_tensors
+    # Imported here because activations.py is built on this module.
+    from qlinear.kernels.activations import quantized_linear_tensors
 
     linear = quantized_linear_tensors if packed.format.quantized_activations else matmul_tensors
     index = () if packed.index is None else (packed.index,)
@@ -201,7 +201,9 @@ def matmul_tensors(
 ) -> Tensor:
     """:func:`matmul` on the bare tensors of the ``triton`` layout, for x ``[M, K]``; not for W8A8 and its like."""
     if fmt.quantized_activations:
-        raise ValueError(f"{fmt} multiplies 8-bit activations: use qlinear.kernels.int8.quantized_linear_tensors")
+        raise ValueError(
+            f"{fmt} multiplies 8-bit activations: use qlinear.kernels.activations.quantized_linear_tensors"
+        )
     check(x, weight, scale, fmt, out_features, bias, index)
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
     launch(x, None, weight, scale, fmt, bias, y, x.shape[1], config, index)

@@ -86,8 +86,8 @@ def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Te
     if packed.format.block:
         return _linear_blocks(x, packed, bias)
     # Triton is imported where a GPU needs it, so that `import qlinear` works without either.
+    from qlinear.kernels.activations import quantized_linear_tensors
     from qlinear.kernels.dequantize import linear_tensors
-    from qlinear.kernels.int8 import quantized_linear_tensors
     from qlinear.kernels.matmul import matmul_tensors
     from qlinear.kernels.tuned import fused_tokens_on
 

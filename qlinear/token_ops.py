@@ -35,7 +35,7 @@ _library.define(
 
 
 def _quantize_cuda(x: Tensor, number: str = "int") -> tuple[Tensor, Tensor]:
-    from qlinear.kernels.int8 import quantize_activations
+    from qlinear.kernels.activations import quantize_activations
 
     _check_number(number)
     values, scale = quantize_activations(x, number)
@@ -54,7 +54,7 @@ def _quantize_fake(x: Tensor, number: str = "int") -> tuple[Tensor, Tensor]:
 
 
 def _norm_quantize_cuda(x: Tensor, gain: Tensor, eps: float, number: str = "int") -> tuple[Tensor, Tensor]:
-    from qlinear.kernels.int8 import rms_norm_quantize
+    from qlinear.kernels.activations import rms_norm_quantize
 
     _check_gain(x, gain)
     _check_number(number)
@@ -115,7 +115,7 @@ def _rounded_cuda(
 ) -> Tensor:
     if packed.layout != "triton":
         return _rounded_any(values, token_scale, packed, bias, dtype)
-    from qlinear.kernels.int8 import rounded_product
+    from qlinear.kernels.activations import rounded_product
 
     fmt, n, k = packed.format, packed.out_features, packed.in_features
     if k % BLOCK_K:

@@ -27,9 +27,9 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 from qlinear import packing, ops
-from qlinear.kernels import int8, matmul, runtime, tuned
+from qlinear.kernels import activations, matmul, runtime, tuned
 target = lambda device: runtime.Target((9, 0), 132)
-for module in (int8, matmul, tuned):
+for module in (activations, matmul, tuned):
     module.target_of = target
 
 seen, new = set(), []

@@ -8,8 +8,8 @@ from helpers import random_tokens, random_weight
 
 from bench.gpu_checks import bucket_ends, differing_replays, differing_runs, rows_that_change
 from qlinear.format import DENSE, Format
+from qlinear.kernels.activations import quantize_activations
 from qlinear.kernels.configs import M_BUCKETS, choose_config
-from qlinear.kernels.int8 import quantize_activations
 
 every_format = pytest.mark.parametrize("fmt", DENSE.values(), ids=str)
 #: One of every kind, for what takes long: ``python -m bench gpu`` goes through all of them.

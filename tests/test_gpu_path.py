@@ -10,8 +10,8 @@ from models import random_packed, relative_error
 import qlinear
 from qlinear import cpu, ops, paths, reference, token_ops
 from qlinear.format import DENSE, ROUNDED, Format
+from qlinear.kernels import activations, runtime
 from qlinear.kernels import dequantize as kernels_dequantize
-from qlinear.kernels import int8, runtime
 
 #: A layer this small leaves the kernel after 128 tokens.
 MANY = 129
@@ -85,9 +85,9 @@ def test_fp8_without_float8_products_is_said(monkeypatch: pytest.MonkeyPatch) ->
     ids=str,
 )  # fmt: skip
 def test_where_tokens_are_float8(capability: runtime.Capability, dtype: torch.dtype) -> None:
-    assert int8.rounded_dtype("e4m3", runtime.Target(capability, 100)) == dtype
-    assert int8.rounded_dtype("int", runtime.Target(capability, 100)) == torch.int8
-    assert int8.rounded_dtype("e4m3", runtime.Target(capability, 100, interpreted=True)) == torch.float16
+    assert activations.rounded_dtype("e4m3", runtime.Target(capability, 100)) == dtype
+    assert activations.rounded_dtype("int", runtime.Target(capability, 100)) == torch.int8
+    assert activations.rounded_dtype("e4m3", runtime.Target(capability, 100, interpreted=True)) == torch.float16
 
 
 def test_the_plain_layout_works_too(device: torch.device) -> None:

@@ -10,9 +10,9 @@ from helpers import DTYPES, dtype_id, error, random_tokens, random_weight, weigh
 
 import qlinear  # noqa: F401 - registers torch.ops.qlinear
 from qlinear.format import DENSE, ROUNDED
-from qlinear.kernels import int8
+from qlinear.kernels import activations
+from qlinear.kernels.activations import quantize_activations, quantized_linear_tensors, rms_norm_quantize
 from qlinear.kernels.configs import Config
-from qlinear.kernels.int8 import quantize_activations, quantized_linear_tensors, rms_norm_quantize
 from qlinear.kernels.matmul import matmul
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -60,7 +60,7 @@ def test_ties_of_e4m3_round_to_even(device):
 def test_rows_longer_than_a_block(number, device, monkeypatch):
     x = random_tokens(3, 300, torch.float16, device)
     whole = quantize_activations(x, number)
-    monkeypatch.setattr(int8, "_MAX_BLOCK", 128)
+    monkeypatch.setattr(activations, "_MAX_BLOCK", 128)
     parts = quantize_activations(x, number)
     assert torch.equal(whole[0].float(), parts[0].float())
     assert torch.equal(whole[1], parts[1])
@@ -71,7 +71,7 @@ def test_rows_longer_than_a_block(number, device, monkeypatch):
 @pytest.mark.parametrize("block", [None, 128], ids=["one-block", "blocks"])
 def test_rms_norm_joins_the_scale(block, dtype, number, device, monkeypatch):
     if block:
-        monkeypatch.setattr(int8, "_MAX_BLOCK", block)
+        monkeypatch.setattr(activations, "_MAX_BLOCK", block)
     x, gain = random_tokens(5, 300, dtype, device), random_tokens(1, 300, dtype, device)[0]
     x[3] = 0
     q, scale = rms_norm_quantize(x, gain, 1e-5, number)
@@ -146,7 +146,7 @@ def test_no_tokens(device):
 
 
 def test_too_many_in_features_for_int32(device):
-    k = int8.MAX_IN_FEATURES + 128
+    k = activations.MAX_IN_FEATURES + 128
     weight = torch.zeros(1, k // 128, 64, 128, dtype=torch.int8, device=device)
     scale = torch.ones(1, 1, 64, device=device)
     with pytest.raises(ValueError, match=f"in_features is {k}"):
