@@ -9,12 +9,13 @@
 - index: the rows of blocks, those with most blocks first, and then the index of the plain layout.
 
 ``cpu`` is what :mod:`qlinear.cpu_blocks` reads. Every ``RUN`` blocks that follow each other in a row of blocks are a
-run, and lie side by side as ``[64, 64 * RUN]``; first come the runs and then what is left, singly, both row by row.
+run; first come the runs and then what is left, singly, both row by row. The blocks of a run lie side by side as
+``[64, 64 * RUN]``, or after each other where a group of scales is a row of a block.
 
 - weight: ``[B, 4096]`` int16 (the bits of the floats) or int8 (values), ``[B, 2048]`` uint8 for int4: of every
-  ``SLICE`` blocks, counted from the first run and anew from the first single one, the codes of the first half are the
-  low nibbles, those of the second half the high ones.
-- scale: ``[B, 64]`` where a group is a row of a block, those of 64 codes after each other; plain per channel.
+  ``SLICE`` blocks, counted from the first run and anew from the first single one, the values (signed) of the first half
+  are the low nibbles, those of the second half the high ones.
+- scale: ``[B, 64]`` where a group is a row of a block, plain per channel.
 - index: the row of blocks of every run, that of every single block, and the column of blocks of each block.
 """
 
@@ -85,11 +86,12 @@ def _to_cpu(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
     single = place >= (starts.diff() // RUN * RUN)[rows]
     order, cut = single.to(torch.uint8).argsort(stable=True), int((~single).sum())
     rows = rows[order]
-    lines = _side_by_side(unpack_bits(weight, fmt.bits, size)[order], cut).flatten(1)
+    codes = unpack_bits(weight, fmt.bits, size)[order]
+    lines = (_side_by_side(codes, cut) if fmt.group_size is None else codes).flatten(1)
     index = torch.cat((rows[:cut:RUN], rows[cut:], columns[order])).to(torch.int32)
-    if fmt.group_size is not None:
-        scale = _side_by_side(scale[order].unsqueeze(2), cut).flatten(1)
+    scale = scale if fmt.group_size is None else scale[order]
     if fmt.bits == 4:
+        lines = lines ^ fmt.offset
         halves = [_pack_halves(lines[a:b]) for a, b, _ in slices(cut // RUN, len(lines) - cut)]
         return torch.cat(halves or [_pack_halves(lines)]), scale, index
     return (lines if fmt.bits == 16 else (lines ^ fmt.offset).view(torch.int8)), scale, index
@@ -101,18 +103,17 @@ def _from_cpu(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
     cut = runs * RUN
     if fmt.bits == 4:
         parts = [unpack_halves(weight[a:b]) for a, b, _ in slices(runs, singles)]
-        lines = torch.cat(parts or [weight.flatten()])
+        lines = (torch.cat(parts or [weight.flatten().view(torch.int8)]).view(torch.uint8) & 15) ^ fmt.offset
     else:
         lines = weight if fmt.bits == 16 else weight.view(torch.uint8) ^ fmt.offset
-    codes = _apart(lines.view(-1, size, size), cut)
+    codes = lines.view(-1, size, size)
+    codes = _apart(codes, cut) if fmt.group_size is None else codes
     rows = torch.cat((index[:runs].repeat_interleave(RUN), index[runs : runs + singles]))
     # Runs come before single blocks in every row, as they did in the plain layout.
     order = rows.argsort(stable=True)
     counts = torch.bincount(rows, minlength=-(-n // size))
     plain = torch.cat((F.pad(counts.cumsum(0), (1, 0)), index[runs + singles :][order])).to(torch.int32)
-    if fmt.group_size is not None:
-        scale = _apart(scale.unsqueeze(2), cut).squeeze(2)[order]
-    return pack_bits(codes[order], fmt.bits), scale, plain
+    return pack_bits(codes[order], fmt.bits), scale if fmt.group_size is None else scale[order], plain
 
 
 def _side_by_side(blocks: Tensor, cut: int) -> Tensor:
@@ -150,9 +151,12 @@ def _pack_halves(codes: Tensor) -> Tensor:
 
 
 def unpack_halves(packed: Tensor, out: Tensor | None = None) -> Tensor:
-    """The codes of a slice of an int4 weight in the ``cpu`` layout, uint8 ``[2 * bytes]``."""
-    packed = packed.flatten()
-    codes = packed.new_empty(2 * len(packed)) if out is None else out
-    torch.bitwise_and(packed, 15, out=codes[: len(packed)])
-    torch.bitwise_right_shift(packed, 4, out=codes[len(packed) :])
-    return codes
+    """The values of a slice of an int4 weight in the ``cpu`` layout, int8 ``[2 * bytes]``."""
+    packed = packed.flatten().view(torch.int8)
+    values = packed.new_empty(2 * len(packed)) if out is None else out
+    low, high = values[: len(packed)], values[len(packed) :]
+    # Shifts to the right repeat the sign.
+    torch.bitwise_left_shift(packed, 4, out=low)
+    low.bitwise_right_shift_(4)
+    torch.bitwise_right_shift(packed, 4, out=high)
+    return values
