@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlinear.format import Format
 from qlinear.packing import PackedWeight
-from qlinear.sparse_layout import RUN, runs_and_singles, slices, unpack_halves
+from qlinear.sparse_layout import RUN, SLICE, runs_and_singles, unpack_halves
 
 #: Tokens that are multiplied at once: what is copied for them stays in the cache (512 tokens, 4096 x 4096 in bfloat16
 #: with a fifth of the blocks: 28.7 ms by 64 and 33.5 ms by 128).
@@ -27,15 +26,14 @@ LATE_TOKENS = 16
 
 
 class _Piece(NamedTuple):
-    """Some runs, or some single blocks."""
+    """Some blocks, ready to be multiplied."""
 
-    weight: Tensor
-    #: Blocks that lie side by side.
-    width: int
-    #: The row of blocks of each run, and the column of blocks of each block.
+    #: ``[batch, size, length]``: runs, single blocks.
+    operands: list[Tensor]
+    #: The row of blocks of each, one operand after the other, and the column of blocks of every block.
     rows: Tensor
     columns: Tensor
-    #: ``[blocks, 64]`` where a group is a row of a block.
+    #: What the products ``[batch of all, size, 1]`` are still to be multiplied by.
     scale: Tensor | None
 
 
@@ -55,78 +53,97 @@ class _Scratch:
 
 def matmul(x: Tensor, packed: PackedWeight, size: int) -> Tensor:
     """``x @ W.T`` for x ``[M, K]`` and a weight of blocks ``size`` in the ``cpu`` layout: ``[M, N]`` in x's dtype."""
-    fmt, n = packed.format, packed.out_features
-    rows, scratch = -(-n // size), _Scratch()
-    parts = [(_token_blocks(part, size), torch.zeros(rows, size, len(part))) for part in x.split(_TOKENS)]
-    per_channel = fmt.number == "int" and fmt.group_size is None
+    fmt, n, scratch = packed.format, packed.out_features, _Scratch()
+    parts = [(_token_blocks(part, size), torch.zeros(-(-n // size), size, len(part))) for part in x.split(_TOKENS)]
+    row_scales = None
+    if fmt.number == "int" and fmt.group_size is None:
+        row_scales = F.pad(packed.scale, (0, 0, 0, -n % size)).view(-1, size, 1)
     # float16 cannot hold a sum of codes that are not scaled.
     early = x.dtype == torch.float16
-    late = fmt.group_size is not None and len(x) <= LATE_TOKENS and not early
-    for piece in _pieces(packed):
-        values = _decode(piece, size, fmt, x.dtype, packed.scale.dtype, scratch, apart=late)
-        if early and per_channel:
-            values.mul_(_row_scales(packed.scale, size)[piece.rows])
-        places = piece.rows.repeat_interleave(piece.width) if late else piece.rows
+    for piece in _pieces(packed, size, x.dtype, scratch, late=len(x) <= LATE_TOKENS and not early):
+        if row_scales is not None and early:
+            its = row_scales[piece.rows].split([len(operand) for operand in piece.operands])
+            for operand, scale in zip(piece.operands, its, strict=True):
+                operand.mul_(scale)
         for tokens, y in parts:
-            y.index_add_(0, places, _products(values, tokens, piece.columns, piece.scale if late else None, scratch))
-    if per_channel and not early:
-        for _, y in parts:
-            y.mul_(_row_scales(packed.scale, size))
-    out = x.new_empty(len(x), rows, size)
+            product = _products(piece.operands, tokens, piece.columns, scratch)
+            y.index_add_(0, piece.rows, product if piece.scale is None else product.mul_(piece.scale))
+    out = x.new_empty(len(x), -(-n // size), size)
     for mine, (_, y) in zip(out.split(_TOKENS), parts, strict=True):
+        if row_scales is not None and not early:
+            y.mul_(row_scales)
         # Rounded first: half as many bytes change places (333 and 249 us for 64 tokens).
         mine.copy_(y.to(x.dtype).permute(2, 0, 1))
     return out.flatten(1)[:, :n].contiguous()
 
 
-def _pieces(packed: PackedWeight) -> Iterator[_Piece]:
-    weight, scale, index, fmt = packed.weight, packed.scale, packed.index, packed.format
+def _pieces(packed: PackedWeight, size: int, dtype: torch.dtype, scratch: _Scratch, late: bool) -> Iterator[_Piece]:
+    """The weight by ``SLICE`` in ``dtype``. Scales of groups are in the operands, or ``late`` beside single blocks."""
+    weight, index, grouped = packed.weight, packed.index, packed.format.group_size is not None
     assert index is not None
     # index_add_ is nearly twice as fast as with 32 bits.
     index = index.long()
     runs, singles = runs_and_singles(weight, index)
-    columns = index[runs + singles :]
-    for start, end, width in slices(runs, singles):
-        place = start // RUN if width == RUN else start - runs * (RUN - 1)
-        rows = index[place : place + (end - start) // width]
-        groups = None if fmt.group_size is None else scale[start:end]
-        yield _Piece(weight[start:end], width, rows, columns[start:end], groups)
+    for start in range(0, len(weight), SLICE):
+        blocks = slice(start, min(start + SLICE, len(weight)))
+        held, columns = _held(packed, blocks, scratch), index[runs + singles :][blocks]
+        in_runs = min(max(runs * RUN - start, 0), len(held))
+        first = start // RUN if in_runs else start - runs * (RUN - 1)
+        rows = index[first : first + len(held) - in_runs // RUN * (RUN - 1)]
+        if grouped and late:
+            rows = torch.cat((rows[: in_runs // RUN].repeat_interleave(RUN), rows[in_runs // RUN :]))
+            operands = [_converted(held, dtype, scratch).view(-1, size, size)]
+            yield _Piece(operands, rows, columns, packed.scale[blocks].unsqueeze(-1).float())
+            continue
+        if grouped:
+            values = _scaled(held.view(-1, size, size), packed.scale[blocks], in_runs, dtype, scratch)
+        else:
+            values = _converted(held, dtype, scratch)
+        operands = [values[:in_runs].view(-1, size, RUN * size), values[in_runs:].view(-1, size, size)]
+        yield _Piece([operand for operand in operands if len(operand)], rows, columns, None)
 
 
-def _decode(
-    piece: _Piece, size: int, fmt: Format, dtype: torch.dtype, stored: torch.dtype, scratch: _Scratch, apart: bool
-) -> Tensor:
-    """The weights ``[runs, size, width * size]``; ``apart`` as blocks ``[blocks, size, size]`` without their scales."""
-    held, width = piece.weight.view(stored) if fmt.number == "float" else piece.weight, piece.width
-    if fmt.bits == 4:
-        held = unpack_halves(held, scratch.take("codes", torch.int8, 2 * held.numel()))
-    if held.dtype == dtype:
-        return held.view(-1, size, width * size)
-    if apart or piece.scale is None:
-        held = held.view(-1, size, size if apart else width * size)
-        return scratch.take("values", dtype, *held.shape).copy_(held)
-    values = scratch.take("values", dtype, len(held) // (width * size * size), size, width, size)
-    values.copy_(held.view(-1, width, size, size).transpose(1, 2))
-    return values.mul_(piece.scale.view(-1, width, size).transpose(1, 2).unsqueeze(-1)).flatten(2)
+def _held(packed: PackedWeight, blocks: slice, scratch: _Scratch) -> Tensor:
+    """Some blocks ``[blocks, size * size]``: int8 values, or floats."""
+    held = packed.weight[blocks]
+    if packed.format.number == "float":
+        return held.view(packed.scale.dtype)
+    if packed.format.bits == 8:
+        return held
+    return unpack_halves(held, scratch.take("codes", torch.int8, len(held), 2 * held.shape[1]))
 
 
-def _products(values: Tensor, tokens: Tensor, columns: Tensor, scale: Tensor | None, scratch: _Scratch) -> Tensor:
-    """``values @ tokens`` in float32 ``[runs, size, M]``, times scales ``[runs, size]`` where there are any."""
-    runs, size, length = values.shape
+def _converted(held: Tensor, dtype: torch.dtype, scratch: _Scratch) -> Tensor:
+    return held if held.dtype == dtype else scratch.take("values", dtype, *held.shape).copy_(held)
+
+
+def _scaled(blocks: Tensor, scale: Tensor, in_runs: int, dtype: torch.dtype, scratch: _Scratch) -> Tensor:
+    """Values times their groups' scales, and blocks of runs side by side: ``[blocks, size * size]``."""
+    size = blocks.shape[1]
+    values = scratch.take("values", dtype, len(blocks), size * size)
+    side = values[:in_runs].view(-1, size, RUN, size)
+    side.copy_(blocks[:in_runs].view(-1, RUN, size, size).transpose(1, 2))
+    side.mul_(scale[:in_runs].view(-1, RUN, size).transpose(1, 2).unsqueeze(-1))
+    values[in_runs:].view(-1, size, size).copy_(blocks[in_runs:]).mul_(scale[in_runs:].unsqueeze(-1))
+    return values
+
+
+def _products(operands: list[Tensor], tokens: Tensor, columns: Tensor, scratch: _Scratch) -> Tensor:
+    """Every operand times the tokens ``[K/size, size * M]`` that it needs, in float32 ``[batch of all, size, M]``."""
+    size = operands[0].shape[1]
     gathered = scratch.take("tokens", tokens.dtype, len(columns), tokens.shape[1])
     torch.index_select(tokens, 0, columns, out=gathered)
-    gathered = gathered.view(runs, length, -1)
-    product = scratch.take("product", tokens.dtype, runs, size, gathered.shape[2])
-    torch.bmm(values, gathered, out=product)
-    if product.dtype != torch.float32:
-        # Converted first: a product of both dtypes takes twice as long.
-        product = scratch.take("wide", torch.float32, *product.shape).copy_(product)
-    return product if scale is None else product.mul_(scale.float().unsqueeze(-1))
-
-
-def _row_scales(scale: Tensor, size: int) -> Tensor:
-    """Scales ``[N, 1]`` of rows as ``[rows of blocks, size, 1]``."""
-    return F.pad(scale, (0, 0, 0, -len(scale) % size)).view(-1, size, 1)
+    product = scratch.take("product", tokens.dtype, sum(map(len, operands)), size, tokens.shape[1] // size)
+    column = place = 0
+    for values in operands:
+        batch, _, length = values.shape
+        needed = gathered[column : column + batch * length // size]
+        torch.bmm(values, needed.view(batch, length, -1), out=product[place : place + batch])
+        column, place = column + len(needed), place + batch
+    if product.dtype == torch.float32:
+        return product
+    # Before it is scaled: a product of both dtypes takes twice as long.
+    return scratch.take("wide", torch.float32, *product.shape).copy_(product)
 
 
 def _token_blocks(x: Tensor, size: int) -> Tensor:

@@ -13,15 +13,12 @@ run; first come the runs and then what is left, singly, both row by row. The blo
 ``[64, 64 * RUN]``, or after each other where a group of scales is a row of a block.
 
 - weight: ``[B, 4096]`` int16 (the bits of the floats) or int8 (values), ``[B, 2048]`` uint8 for int4: of every
-  ``SLICE`` blocks, counted from the first run and anew from the first single one, the values (signed) of the first half
-  are the low nibbles, those of the second half the high ones.
+  ``SLICE`` blocks the values (signed) of the first half are the low nibbles, those of the second half the high ones.
 - scale: ``[B, 64]`` where a group is a row of a block, plain per channel.
 - index: the row of blocks of every run, that of every single block, and the column of blocks of each block.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -35,8 +32,8 @@ from qlinear.sparse import block_places
 #: Blocks of a row that lie side by side in the ``cpu`` layout. 4096 x 4096 in bfloat16 with a fifth of the blocks, 64
 #: tokens, two cores of Sapphire Rapids: 4970 us for single blocks, 3870 for pairs, 3170 for fours, 3450 for eights.
 RUN = 4
-#: Blocks whose int4 codes share bytes in the ``cpu`` layout, and that are decoded at once: whole runs. By 256 each of
-#: the operators that decode takes longer to start than to run.
+#: Blocks that are decoded and multiplied at once, whole runs of them; in the ``cpu`` layout their int4 codes share
+#: bytes. By 256 the operators take longer to start than to run.
 SLICE = 1024
 
 #: weight, scale, index
@@ -87,13 +84,12 @@ def _to_cpu(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
     order, cut = single.to(torch.uint8).argsort(stable=True), int((~single).sum())
     rows = rows[order]
     codes = unpack_bits(weight, fmt.bits, size)[order]
-    lines = (_side_by_side(codes, cut) if fmt.group_size is None else codes).flatten(1)
+    lines = (codes if fmt.group_size else _side_by_side(codes, cut)).flatten(1)
     index = torch.cat((rows[:cut:RUN], rows[cut:], columns[order])).to(torch.int32)
     scale = scale if fmt.group_size is None else scale[order]
     if fmt.bits == 4:
         lines = lines ^ fmt.offset
-        halves = [_pack_halves(lines[a:b]) for a, b, _ in slices(cut // RUN, len(lines) - cut)]
-        return torch.cat(halves or [_pack_halves(lines)]), scale, index
+        return torch.cat([_pack_halves(part) for part in lines.split(SLICE)]), scale, index
     return (lines if fmt.bits == 16 else (lines ^ fmt.offset).view(torch.int8)), scale, index
 
 
@@ -102,12 +98,12 @@ def _from_cpu(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
     runs, singles = runs_and_singles(weight, index)
     cut = runs * RUN
     if fmt.bits == 4:
-        parts = [unpack_halves(weight[a:b]) for a, b, _ in slices(runs, singles)]
-        lines = (torch.cat(parts or [weight.flatten().view(torch.int8)]).view(torch.uint8) & 15) ^ fmt.offset
+        values = torch.cat([unpack_halves(part) for part in weight.split(SLICE)])
+        lines = (values.view(torch.uint8) & 15) ^ fmt.offset
     else:
         lines = weight if fmt.bits == 16 else weight.view(torch.uint8) ^ fmt.offset
     codes = lines.view(-1, size, size)
-    codes = _apart(codes, cut) if fmt.group_size is None else codes
+    codes = codes if fmt.group_size else _apart(codes, cut)
     rows = torch.cat((index[:runs].repeat_interleave(RUN), index[runs : runs + singles]))
     # Runs come before single blocks in every row, as they did in the plain layout.
     order = rows.argsort(stable=True)
@@ -117,16 +113,16 @@ def _from_cpu(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
 
 
 def _side_by_side(blocks: Tensor, cut: int) -> Tensor:
-    """Blocks ``[B, lines, columns]`` of which ``cut`` are in runs: of a run first one line of each block."""
+    """Blocks ``[B, size, size]`` of which ``cut`` are in runs: of a run first one line of each block."""
     runs = blocks[:cut].unflatten(0, (-1, RUN)).transpose(1, 2)
     return torch.cat((runs.reshape(cut, *blocks.shape[1:]), blocks[cut:]))
 
 
 def _apart(blocks: Tensor, cut: int) -> Tensor:
     """The inverse of :func:`_side_by_side`."""
-    lines = blocks.shape[1]
-    runs = blocks[:cut].reshape(-1, lines, RUN, blocks.shape[2]).transpose(1, 2)
-    return torch.cat((runs.reshape(cut, *blocks.shape[1:]), blocks[cut:]))
+    size = blocks.shape[1]
+    runs = blocks[:cut].view(-1, size, RUN, size).transpose(1, 2)
+    return torch.cat((runs.reshape(cut, size, size), blocks[cut:]))
 
 
 def runs_and_singles(weight: Tensor, index: Tensor) -> tuple[int, int]:
@@ -136,14 +132,6 @@ def runs_and_singles(weight: Tensor, index: Tensor) -> tuple[int, int]:
     return runs, blocks - runs * RUN
 
 
-def slices(runs: int, singles: int) -> Iterator[tuple[int, int, int]]:
-    """The blocks of a weight in the ``cpu`` layout by ``SLICE``: from, to, and how many lie side by side."""
-    cut = runs * RUN
-    for first, last, width in ((0, cut, RUN), (cut, cut + singles, 1)):
-        for start in range(first, last, SLICE):
-            yield start, min(start + SLICE, last), width
-
-
 def _pack_halves(codes: Tensor) -> Tensor:
     half = codes.numel() // 2
     flat = codes.flatten()
@@ -151,12 +139,12 @@ def _pack_halves(codes: Tensor) -> Tensor:
 
 
 def unpack_halves(packed: Tensor, out: Tensor | None = None) -> Tensor:
-    """The values of a slice of an int4 weight in the ``cpu`` layout, int8 ``[2 * bytes]``."""
-    packed = packed.flatten().view(torch.int8)
-    values = packed.new_empty(2 * len(packed)) if out is None else out
-    low, high = values[: len(packed)], values[len(packed) :]
+    """The values ``[b, 4096]`` of a slice of an int4 weight in the ``cpu`` layout, int8."""
+    values = packed.new_empty(len(packed), 2 * packed.shape[1], dtype=torch.int8) if out is None else out
+    low, high = values.view(2, -1)
+    signed = packed.flatten().view(torch.int8)
     # Shifts to the right repeat the sign.
-    torch.bitwise_left_shift(packed, 4, out=low)
+    torch.bitwise_left_shift(signed, 4, out=low)
     low.bitwise_right_shift_(4)
-    torch.bitwise_right_shift(packed, 4, out=high)
+    torch.bitwise_right_shift(signed, 4, out=high)
     return values

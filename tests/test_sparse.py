@@ -12,7 +12,7 @@ from models import random_packed, same_bits
 from torch import nn
 
 import qlinear
-from qlinear import cpu_sparse, reference, sparse, sparse_layout
+from qlinear import cpu_blocks, cpu_sparse, reference, sparse, sparse_layout
 from qlinear.bits import unpack_bits
 from qlinear.format import FORMATS
 from qlinear.kernels.blocks import block_linear_tensors, choose_block_config
@@ -193,7 +193,8 @@ def test_an_index_that_contradicts_the_weight_is_refused_and_changes_nothing(sch
 @pytest.fixture
 def short_slices(monkeypatch):
     """Slices of eight blocks, so that small weights have several."""
-    monkeypatch.setattr(sparse_layout, "SLICE", 8)
+    for module in (sparse_layout, cpu_blocks):
+        monkeypatch.setattr(module, "SLICE", 8)
 
 
 def rows_of_blocks(counts, size=64, columns=11):
@@ -214,10 +215,9 @@ def test_runs_and_single_blocks_on_a_cpu(fmt, counts, short_slices):
         packed = plain.to_layout("cpu")
         assert packed.layout == "cpu" and same_weight(packed.to_layout("plain"), plain)
         assert packed.weight.nbytes == plain.weight.nbytes and packed.index.nbytes <= 8 * len(packed.weight)
-        assert sparse_layout.runs_and_singles(packed.weight, packed.index) == (
-            sum(count // sparse_layout.RUN for count in counts),
-            sum(count % sparse_layout.RUN for count in counts),
-        )
+        runs = sum(count // sparse_layout.RUN for count in counts)
+        singles = sum(counts) - runs * sparse_layout.RUN
+        assert sparse_layout.runs_and_singles(packed.weight, packed.index) == (runs, singles)
         for tokens in (1, 5, 130):
             # Large numbers: float16 holds the products of scaled weights only.
             x = (30 * torch.randn(tokens, plain.in_features)).to(dtype)
