@@ -9,8 +9,8 @@
 - index: the rows of blocks, those with most blocks first, and then the index of the plain layout.
 
 ``cpu`` is what :mod:`qlinear.cpu_blocks` reads. Every ``RUN`` blocks that follow each other in a row of blocks are a
-run; first come the runs and then what is left, singly, both row by row. The blocks of a run lie side by side as
-``[64, 64 * RUN]``, or after each other where a group of scales is a row of a block.
+run, if the weight has ``LEAST`` blocks or more; first come the runs and then what is left, singly, both row by row. The
+blocks of a run lie side by side as ``[64, 64 * RUN]``, or after each other where a group of scales is a row of a block.
 
 - weight: ``[B, 4096]`` int16 (the bits of the floats) or int8 (values), ``[B, 2048]`` uint8 for int4: of every
   ``SLICE`` blocks the values (signed) of the first half are the low nibbles, those of the second half the high ones.
@@ -32,6 +32,9 @@ from qlinear.sparse import block_places
 #: Blocks of a row that lie side by side in the ``cpu`` layout. 4096 x 4096 in bfloat16 with a fifth of the blocks, 64
 #: tokens, two cores of Sapphire Rapids: 4970 us for single blocks, 3870 for pairs, 3170 for fours, 3450 for eights.
 RUN = 4
+#: Fewer blocks are all single: a second batch of products costs more than it saves (51 blocks, up to 16 tokens: a
+#: quarter less time without runs).
+LEAST = 256
 #: Blocks that are decoded and multiplied at once, whole runs of them; in the ``cpu`` layout their int4 codes share
 #: bytes. By 256 the operators take longer to start than to run.
 SLICE = 1024
@@ -80,8 +83,8 @@ def _to_cpu(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
     rows, columns = block_places(index, -(-n // size))
     starts = index[: -(-n // size) + 1].long()
     place = torch.arange(len(rows), device=rows.device) - starts[rows]
-    single = place >= (starts.diff() // RUN * RUN)[rows]
-    order, cut = single.to(torch.uint8).argsort(stable=True), int((~single).sum())
+    single = place >= (starts.diff() // RUN * RUN)[rows] if len(rows) >= LEAST else torch.ones_like(rows)
+    order, cut = single.to(torch.uint8).argsort(stable=True), int((single == 0).sum())
     rows = rows[order]
     codes = unpack_bits(weight, fmt.bits, size)[order]
     lines = (codes if fmt.group_size else _side_by_side(codes, cut)).flatten(1)

@@ -192,7 +192,8 @@ def test_an_index_that_contradicts_the_weight_is_refused_and_changes_nothing(sch
 
 @pytest.fixture
 def short_slices(monkeypatch):
-    """Slices of eight blocks, so that small weights have several."""
+    """Slices of eight blocks, so that small weights have several, and runs in weights of any size."""
+    monkeypatch.setattr(sparse_layout, "LEAST", 0)
     for module in (sparse_layout, cpu_blocks):
         monkeypatch.setattr(module, "SLICE", 8)
 
@@ -226,6 +227,17 @@ def test_runs_and_single_blocks_on_a_cpu(fmt, counts, short_slices):
             assert not any(counts) or error(y, reference.matmul(x, plain)) <= fmt.max_error(dtype)
             for row, count in enumerate(counts):
                 assert count or not y[:, 64 * row : 64 * row + 64].any()
+
+
+@every_block
+@pytest.mark.parametrize(("n", "many"), [(1000, False), (1500, True)])
+def test_few_blocks_have_no_runs_on_a_cpu(fmt, n, many):
+    plain = qlinear.pack(torch.randn(n, n).tril(), fmt.name, layout="plain")
+    packed = plain.to_layout("cpu")
+    assert (len(packed.weight) >= sparse_layout.LEAST) == many
+    assert bool(sparse_layout.runs_and_singles(packed.weight, packed.index)[0]) == many
+    x = torch.randn(3, n)
+    assert error(cpu_sparse.matmul(x, packed), reference.matmul(x, plain)) <= fmt.max_error(torch.float32)
 
 
 # --- the block-sparse kernel
