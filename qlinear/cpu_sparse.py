@@ -13,7 +13,6 @@ from qlinear import cpu_blocks, sparse
 from qlinear.bits import unpack_bits
 from qlinear.format import Format
 from qlinear.packing import PackedWeight, dequantize_codes
-from qlinear.sparse_layout import RUN
 
 #: Weights of one tile that is made dense.
 _TILE_WEIGHTS = 1 << 20
@@ -23,7 +22,7 @@ def path(fmt: Format) -> tuple[str, str]:
     """How a product is computed, and why."""
     if fmt.block is None:
         return "expand + F.linear", "no CPU operator for this pattern: saves memory, not time"
-    return "stored blocks", f"only blocks that are stored are multiplied, {RUN} of a row at once"
+    return "stored blocks", "only blocks that are stored are multiplied"
 
 
 def matmul(x: Tensor, packed: PackedWeight) -> Tensor:
