@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 _CLOCKS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
 _SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
 #: A test whose tensors are where the kernels run.
-_USES_DEVICE = re.compile(r"^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
+_USES_DEVICE = r"^def test_\w+\([^)]*\bdevice\b"
 #: Of an error's text.
 _MOST = 3000
 
@@ -100,16 +100,18 @@ def run(command: Sequence[str], seconds: float, **environment: str) -> tuple[int
 
 def gpu_tests(job: Job) -> Result:
     """Every test that is marked ``gpu``, but for those of inline PTX, which have a stage of their own."""
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.stem != "test_ptx"]
-    marked = [str(path) for path in files if "mark.gpu" in path.read_text()]
-    return tests(["-m", "gpu", *marked], job)
+    return tests(["-m", "gpu", *_files(r"mark\.gpu", without="test_ptx")], job)
 
 
 def kernel_tests(job: Job) -> Result:
     """The other tests of the kernels, which run on the GPU where there is one."""
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.stem != "test_bench_gpu"]
-    using = [str(path) for path in files if _USES_DEVICE.search(path.read_text())]
-    return tests(["-m", "not gpu", *using], job)
+    return tests(["-m", "not gpu", *_files(_USES_DEVICE, without="test_bench_gpu")], job)
+
+
+def _files(pattern: str, without: str) -> list[str]:
+    """The test files in which a pattern is found, but for one."""
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.stem != without]
+    return [str(path) for path in files if re.search(pattern, path.read_text(), re.MULTILINE)]
 
 
 def tests(arguments: Sequence[str], job: Job) -> Result:

@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlinear.packing import PackedWeight
-from qlinear.sparse_layout import RUN, SLICE, runs_and_singles, unpack_halves
+from qlinear.sparse_layout import (
+    RUN,
+    SLICE,
+    per_channel,
+    row_of_each,
+    row_scales,
+    runs_and_singles,
+    unpack_halves,
+)
 
 #: Tokens that are multiplied at once: what is copied for them stays in the cache (512 tokens, 4096 x 4096 in bfloat16
 #: with a fifth of the blocks: 28.7 ms by 64 and 33.5 ms by 128).
@@ -50,19 +58,21 @@ class _Scratch:
             held = self._held[use, dtype] = torch.empty(prod(shape), dtype=dtype)
         return held[: prod(shape)].view(shape)
 
+    def converted(self, use: str, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """``t`` itself where it has the dtype, or a copy in it."""
+        return t if t.dtype == dtype else self.take(use, dtype, *t.shape).copy_(t)
+
 
 def matmul(x: Tensor, packed: PackedWeight, size: int) -> Tensor:
     """``x @ W.T`` for x ``[M, K]`` and a weight of blocks ``size`` in the ``cpu`` layout: ``[M, N]`` in x's dtype."""
     fmt, n, scratch = packed.format, packed.out_features, _Scratch()
     parts = [(_token_blocks(part, size), torch.zeros(-(-n // size), size, len(part))) for part in x.split(_TOKENS)]
-    row_scales = None
-    if fmt.number == "int" and fmt.group_size is None:
-        row_scales = F.pad(packed.scale, (0, 0, 0, -n % size)).view(-1, size, 1)
+    by_row = row_scales(packed.scale, size).unsqueeze(-1) if per_channel(fmt) else None
     # float16 cannot hold a sum of codes that are not scaled.
     early = x.dtype == torch.float16
     for piece in _pieces(packed, size, x.dtype, scratch, late=len(x) <= LATE_TOKENS and not early):
-        if row_scales is not None and early:
-            its = row_scales[piece.rows].split([len(operand) for operand in piece.operands])
+        if by_row is not None and early:
+            its = by_row[piece.rows].split([len(operand) for operand in piece.operands])
             for operand, scale in zip(piece.operands, its, strict=True):
                 operand.mul_(scale)
         for tokens, y in parts:
@@ -70,8 +80,8 @@ def matmul(x: Tensor, packed: PackedWeight, size: int) -> Tensor:
             y.index_add_(0, piece.rows, product if piece.scale is None else product.mul_(piece.scale))
     out = x.new_empty(len(x), -(-n // size), size)
     for mine, (_, y) in zip(out.split(_TOKENS), parts, strict=True):
-        if row_scales is not None and not early:
-            y.mul_(row_scales)
+        if by_row is not None and not early:
+            y.mul_(by_row)
         # Rounded first: half as many bytes change places (333 and 249 us for 64 tokens).
         mine.copy_(y.to(x.dtype).permute(2, 0, 1))
     return out.flatten(1)[:, :n].contiguous()
@@ -90,17 +100,17 @@ def _pieces(packed: PackedWeight, size: int, dtype: torch.dtype, scratch: _Scrat
         in_runs = min(max(runs * RUN - start, 0), len(held))
         first = start // RUN if in_runs else start - runs * (RUN - 1)
         rows = index[first : first + len(held) - in_runs // RUN * (RUN - 1)]
-        if grouped and late:
-            rows = torch.cat((rows[: in_runs // RUN].repeat_interleave(RUN), rows[in_runs // RUN :]))
-            operands = [_converted(held, dtype, scratch).view(-1, size, size)]
-            yield _Piece(operands, rows, columns, packed.scale[blocks].unsqueeze(-1).float())
-            continue
-        if grouped:
+        scale = None
+        if grouped and not late:
             values = _scaled(held.view(-1, size, size), packed.scale[blocks], in_runs, dtype, scratch)
         else:
-            values = _converted(held, dtype, scratch)
+            values = scratch.converted("values", held, dtype)
+        if grouped and late:
+            # A scale belongs to one block: runs are taken apart.
+            rows, in_runs = row_of_each(rows, in_runs // RUN), 0
+            scale = packed.scale[blocks].unsqueeze(-1).float()
         operands = [values[:in_runs].view(-1, size, RUN * size), values[in_runs:].view(-1, size, size)]
-        yield _Piece([operand for operand in operands if len(operand)], rows, columns, None)
+        yield _Piece([operand for operand in operands if len(operand)], rows, columns, scale)
 
 
 def _held(packed: PackedWeight, blocks: slice, scratch: _Scratch) -> Tensor:
@@ -111,10 +121,6 @@ def _held(packed: PackedWeight, blocks: slice, scratch: _Scratch) -> Tensor:
     if packed.format.bits == 8:
         return held
     return unpack_halves(held, scratch.take("codes", torch.int8, len(held), 2 * held.shape[1]))
-
-
-def _converted(held: Tensor, dtype: torch.dtype, scratch: _Scratch) -> Tensor:
-    return held if held.dtype == dtype else scratch.take("values", dtype, *held.shape).copy_(held)
 
 
 def _scaled(blocks: Tensor, scale: Tensor, in_runs: int, dtype: torch.dtype, scratch: _Scratch) -> Tensor:
@@ -140,10 +146,8 @@ def _products(operands: list[Tensor], tokens: Tensor, columns: Tensor, scratch: 
         needed = gathered[column : column + batch * length // size]
         torch.bmm(values, needed.view(batch, length, -1), out=product[place : place + batch])
         column, place = column + len(needed), place + batch
-    if product.dtype == torch.float32:
-        return product
     # Before it is scaled: a product of both dtypes takes twice as long.
-    return scratch.take("wide", torch.float32, *product.shape).copy_(product)
+    return scratch.converted("wide", product, torch.float32)
 
 
 def _token_blocks(x: Tensor, size: int) -> Tensor:

@@ -56,8 +56,14 @@ def convert(tensors: Tensors, target: str, fmt: Format, n: int) -> Tensors:
     return (_to_triton if target == "triton" else _to_cpu)(tensors, fmt, fmt.block, n)
 
 
-def _per_channel(fmt: Format) -> bool:
+def per_channel(fmt: Format) -> bool:
+    """Whether a scale belongs to a whole row of the weight."""
     return fmt.group_size is None and fmt.number == "int"
+
+
+def row_scales(scale: Tensor, size: int) -> Tensor:
+    """Scales ``[N, 1]`` of rows as ``[rows of blocks, size]``."""
+    return F.pad(scale, (0, 0, 0, -len(scale) % size)).view(-1, size)
 
 
 def _to_triton(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
@@ -65,8 +71,8 @@ def _to_triton(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
     rows = -(-n // size)
     codes = unpack_bits(weight, fmt.bits, size)
     words = codes if fmt.bits == 16 else pack_planes(codes.unflatten(2, (fmt.planes, -1)), fmt.bits)
-    if _per_channel(fmt):
-        scale = F.pad(scale, (0, 0, 0, -n % size)).view(rows, size)
+    if per_channel(fmt):
+        scale = row_scales(scale, size)
     order = index[: rows + 1].diff().argsort(descending=True, stable=True).to(torch.int32)
     return words.contiguous(), scale, torch.cat((order, index))
 
@@ -74,7 +80,7 @@ def _to_triton(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
 def _from_triton(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
     weight, scale, index = tensors
     codes = weight if fmt.bits == 16 else unpack_planes(weight, fmt.bits).flatten(2)
-    scale = scale.view(-1, 1)[:n].contiguous() if _per_channel(fmt) else scale
+    scale = scale.view(-1, 1)[:n].contiguous() if per_channel(fmt) else scale
     return pack_bits(codes, fmt.bits), scale, index[-(-n // size) :].contiguous()
 
 
@@ -107,7 +113,7 @@ def _from_cpu(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
         lines = weight if fmt.bits == 16 else weight.view(torch.uint8) ^ fmt.offset
     codes = lines.view(-1, size, size)
     codes = codes if fmt.group_size else _apart(codes, cut)
-    rows = torch.cat((index[:runs].repeat_interleave(RUN), index[runs : runs + singles]))
+    rows = row_of_each(index[: runs + singles], runs)
     # Runs come before single blocks in every row, as they did in the plain layout.
     order = rows.argsort(stable=True)
     counts = torch.bincount(rows, minlength=-(-n // size))
@@ -133,6 +139,11 @@ def runs_and_singles(weight: Tensor, index: Tensor) -> tuple[int, int]:
     blocks = len(weight)
     runs = (2 * blocks - len(index)) // (RUN - 1)
     return runs, blocks - runs * RUN
+
+
+def row_of_each(rows: Tensor, runs: int) -> Tensor:
+    """The row of blocks of every block, of those of ``runs`` runs and then of single blocks."""
+    return torch.cat((rows[:runs].repeat_interleave(RUN), rows[runs:]))
 
 
 def _pack_halves(codes: Tensor) -> Tensor:
