@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_language_model().bfloat16().save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Every test compiles from an empty cache: dynamo gives up after eight versions of one function, whoever made them.
+
+    10 us, where a test before has imported dynamo; its import takes more than a second.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -69,12 +69,6 @@ def test_fake_shapes_are_the_real_ones(shape):
             assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Every scheme is compiled from an empty cache: dynamo gives up after eight versions of one function."""
-    torch._dynamo.reset()
-
-
 def small_model(scheme):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(K, N), nn.GELU(), nn.Linear(N, 9, bias=False)).bfloat16()
