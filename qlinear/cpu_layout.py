@@ -10,7 +10,7 @@
 - int8: ``weight`` int8 ``[N, K]`` signed; for w8a16 K is padded to a multiple of 32, because
   ``aten::_weight_int8pack_mm`` reads past the end of a row in bfloat16 otherwise.
 
-The order of the int4 bytes differs between AVX2 and AVX-512 and has no inverse operator. :func:`row_order` finds the
+The order of the int4 bytes differs between AVX2 and AVX-512 and has no inverse operator. :func:`int4_tiles` finds the
 order by packing a probe; nothing in this layout is ever written to disk.
 """
 
@@ -59,7 +59,8 @@ def to_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     if fmt.bits == 8:
         codes = (weight[:, :k].to(torch.int16) + fmt.offset).to(torch.uint8)
         return pack_bits(codes, 8), scale, zero
-    codes = torch.cat([tile.t() for tile in int4_tiles(weight)])[row_order(len(weight)).argsort()]
+    order, tiles = zip(*int4_tiles(weight, 2 * weight.numel()), strict=True)
+    codes = torch.cat([tile.t() for tile in tiles])[torch.cat(order).argsort()].view(torch.uint8) + fmt.offset
     group = _columns(weight) // scale.shape[0]
     every = 1 if fmt.group_size is None else fmt.group_size // group
     both = scale.transpose(0, 1)[:n, ::every][:, : fmt.groups(k)]
@@ -88,30 +89,34 @@ def _columns(packed: Tensor) -> int:
     return packed.shape[1] * 2
 
 
-def int4_tiles(packed: Tensor, most: int = 1 << 20) -> Iterator[Tensor]:
-    """The codes of a packed int4 weight, uint8 ``[columns, rows]``, about ``most`` at a time.
+def int4_tiles(packed: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A packed int4 weight, about ``most`` weights at a time: some of its rows, and ``code - 8`` int8 ``[K, rows]``.
 
-    Rows come in the order of :func:`row_order`. The operator keeps them in blocks, column by column; blocks are laid
-    side by side here, so that what is done to a tile runs over long rows.
+    The operator keeps rows in blocks, column by column; what is done to a tile runs over the rows of many blocks.
     """
-    flat, columns = packed.view(-1), _columns(packed)
-    size, start = len(_block_order(64)), 0
+    flat, columns, start = packed.view(-1), _columns(packed), 0
     while start < len(packed):
-        whole = (len(packed) - start) // size
-        count = min(whole, max(1, most // (columns * size))) if whole else 1
-        rows = count * size if whole else len(packed) - start
-        blocks = flat[start * columns // 2 : (start + rows) * columns // 2].view(count, columns, -1)
-        yield unpack_nibbles(blocks.transpose(0, 1).reshape(columns, -1))
-        start += rows
+        block = _block_order(64)
+        whole = (len(packed) - start) // len(block)
+        count = min(whole, max(1, most // (columns * len(block)))) if whole else 1
+        block = block if whole else _block_order(len(packed) - start)
+        end = start + count * len(block)
+        rows = torch.arange(start, end, len(block))[:, None] + block
+        blocks = flat[start * columns // 2 : end * columns // 2].view(count, columns, -1)
+        yield rows.view(-1, 2).t().reshape(-1), _signed_nibbles(blocks.transpose(0, 1).reshape(columns, -1))
+        start = end
 
 
-@functools.cache
-def row_order(rows: int) -> Tensor:
-    """How this CPU orders packed int4 rows: the row of each nibble at one column."""
-    block = _block_order(64)
-    whole = rows - rows % len(block)
-    order = (torch.arange(0, whole, len(block))[:, None] + block).view(-1)
-    return torch.cat((order, _block_order(rows - whole) + whole)) if rows > whole else order
+def _signed_nibbles(packed: Tensor) -> Tensor:
+    """Bytes ``[K, L]``, two codes each, as ``code - 8``, int8 ``[K, 2L]``: first the low nibbles of a row."""
+    values = torch.empty(len(packed), 2, packed.shape[1], dtype=torch.int8)
+    low, high = values.unbind(1)
+    # The codes' offset is their highest bit: without it they are signed, and shifts to the right repeat the sign.
+    signed = (packed ^ 0x88).view(torch.int8)
+    torch.bitwise_left_shift(signed, 4, out=low)
+    low.bitwise_right_shift_(4)
+    torch.bitwise_right_shift(signed, 4, out=high)
+    return values.view(len(packed), -1)
 
 
 @functools.cache

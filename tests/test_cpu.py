@@ -266,3 +266,13 @@ def test_reference_is_the_product_of_the_dequantized_weight():
             assert 0 < relative_error(y, expected) < (0.05 if fmt.number == "e4m3" else 0.02)
         else:
             torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize(("n", "k"), [(4, 1), (1, 1), (300, 1), (4, 2), (3, cpu._INT32_COLUMNS + 5000)])
+def test_int8_products_of_very_few_and_very_many_columns(n, k):
+    """One column, which _int_mm misreads; and all numbers the largest there are, whose sums do not fit int32."""
+    weight = torch.randn(n, k) if k < 9 else torch.ones(n, k)
+    packed = qlinear.pack(weight, "w8a8", layout="cpu")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = (torch.randn(3, k) if k < 9 else torch.full((3, k), 1 / 8)).to(dtype)
+        assert relative_error(cpu.matmul(x, packed), reference.matmul(x, packed)) <= packed.format.max_error(dtype)

@@ -175,9 +175,14 @@ def test_a_scale_of_zero_survives(fmt, layout):
     assert not there.dequantize(torch.float32)[3].any()
 
 
-def test_row_order_holds_every_row_once():
-    for rows in (16, 32, 48, 64, 80, 112, 128, 576):
-        assert torch.equal(cpu_layout.row_order(rows).sort().values, torch.arange(rows))
+@pytest.mark.parametrize("most", [1, 5000, 1 << 22])
+@pytest.mark.parametrize("rows", [16, 32, 48, 64, 80, 112, 128, 576])
+def test_tiles_hold_every_row_once(rows, most):
+    codes = torch.randint(0, 16, (rows, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(rows))
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    order, tiles = zip(*cpu_layout.int4_tiles(packed, most), strict=True)
+    assert torch.equal(torch.cat(order).sort().values, torch.arange(rows))
+    assert torch.equal(torch.cat(tiles, dim=1).t() + 8, codes[torch.cat(order)])
 
 
 @pytest.mark.parametrize("level", CPU_LEVELS)
