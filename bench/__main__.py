@@ -136,7 +136,7 @@ def coldstart(schemes: str, path: Path | None) -> None:
     names = tuple(schemes.split(","))
     if unknown := [name for name in names if name not in FORMATS]:
         raise click.ClickException(f"there is no scheme {unknown[0]!r}; the schemes are: {', '.join(FORMATS)}")
-    rows = measure("cuda" if torch.cuda.is_available() else "cpu", names)
+    rows = list(measure("cuda" if torch.cuda.is_available() else "cpu", names))
     _report(show(rows), {"rows": rows}, path)
 
 
@@ -173,7 +173,8 @@ def audit(
 )
 @click.option("--minutes", default=8.0, show_default=True, type=click.FloatRange(1.0), help="At most.")
 @click.option("--stage", "names", multiple=True, help="Only this one; may be repeated.")
-def gpu(folder: Path, minutes: float, names: tuple[str, ...]) -> None:
+@click.option("--again", is_flag=True, help="Also stages that were cut short or left something out.")
+def gpu(folder: Path, minutes: float, names: tuple[str, ...], again: bool) -> None:
     """Everything on a GPU: tests, numerics, determinism, speed against the vendor's, launches, tuning; resumable."""
     from bench.gpu import STAGES, good, run
 
@@ -184,7 +185,7 @@ def gpu(folder: Path, minutes: float, names: tuple[str, ...]) -> None:
     if unknown := [name for name in names if name not in known]:
         raise click.ClickException(f"there is no stage {unknown[0]!r}; the stages are: {', '.join(known)}")
     stages = [stage for stage in STAGES if not names or stage.name in names]
-    results = run(folder, minutes, stages)
+    results = run(folder, minutes, stages, again=again)
     click.echo((folder / "summary.md").read_text())
     if not good(results, stages):
         raise click.ClickException(f"not everything is right or done: see {folder / 'summary.md'}")

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ _LIMIT = 300.0
 _STEPS = ("import torch", "import qlinear", "make layer", "first call", "second call", "import triton", "compile")
 
 
-def measure(device: str, schemes: tuple[str, ...] = SCHEMES, limit: float = _LIMIT) -> list[dict[str, Any]]:
-    """Seconds of each step by scheme, first with an empty Triton cache, then with what that left in it."""
-    rows = []
+def measure(
+    device: str, schemes: tuple[str, ...] = SCHEMES, left: Callable[[], float] = lambda: _LIMIT
+) -> Iterator[dict[str, Any]]:
+    """Seconds of each step by scheme, first with an empty Triton cache, then with what that left in it.
+
+    ``left`` is how many seconds the next process may take.
+    """
     for scheme in schemes:
         with tempfile.TemporaryDirectory() as cache:
             for state in ("empty", "filled"):
-                found = _fresh([scheme, device], cache, limit)
-                rows.append({"scheme": scheme, "device": device, "cache": state, **found})
-    return rows
+                found = _fresh([scheme, device], cache, left())
+                yield {"scheme": scheme, "device": device, "cache": state, **found}
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -61,7 +65,9 @@ def stage(job: Job) -> Result:
             result["left_out"].append(scheme)
             continue
         try:
-            result["rows"] += measure(job.device.type, (scheme,), job.left)
+            for row in measure(job.device.type, (scheme,), lambda: job.left):
+                result["rows"].append(row)
+                job.save(result)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             result["failed"].append(str(error)[-500:])
         job.save(result)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bench.gpu_job import Job, Result, dtype_name
-from bench.gpu_warm import Case, warm
+from bench.gpu_warm import Case, random_weight, warm
 from qlinear import ops, reference
 from qlinear.format import DENSE, Format
 from qlinear.kernels.graphs import capture
-from qlinear.packing import PackedWeight, pack
+from qlinear.packing import PackedWeight
 
 
 @contextmanager
@@ -32,11 +32,6 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.empty = empty
-
-
-def random_weight(fmt: Format, n: int, k: int, dtype: torch.dtype, device: torch.device) -> PackedWeight:
-    generator = torch.Generator(device).manual_seed(0)
-    return pack(torch.randn(n, k, generator=generator, device=device).to(dtype), fmt.name, layout="triton")
 
 
 def random_tokens(m: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from bench import peers
 from bench.gpu_checks import error_of, random_tokens
 from bench.gpu_job import Job, Result, dtype_name
+from bench.gpu_warm import Case, random_weight, warm
 from bench.sides import Side, Unavailable, float_side, packed_side
 from bench.timing import in_turns
 from qlinear import ops
@@ -25,12 +26,8 @@ from qlinear.packing import PackedWeight, pack
 SCHEMES = tuple(name for name, fmt in FORMATS.items() if fmt.sparsity)
 #: Tokens of both tiles of the kernel on sparse tensor cores, and more than one tile of them.
 TOKENS = (1, 8, 16, 33)
-
-
-def pruned(scheme: str, n: int, k: int, dtype: torch.dtype, device: torch.device) -> PackedWeight:
-    generator = torch.Generator(device).manual_seed(0)
-    weight = torch.randn(n, k, generator=generator, device=device).to(dtype)
-    return pack(weight, scheme, layout="triton", prune="magnitude")
+#: The dtype of the times.
+_TIMED = torch.float16
 
 
 def layouts(scheme: str, job: Job) -> tuple[str, ...]:
@@ -40,41 +37,56 @@ def layouts(scheme: str, job: Job) -> tuple[str, ...]:
 
 
 def sparse(job: Job) -> Result:
-    """Both layouts against float64, then their times on a layer of ``sizes.launch``."""
-    result: Result = {"rows": [], "times": [], "failed": [], "left_out": []}
-    for dtype in (d for d in job.sizes.dtypes if d != torch.float32):
-        for scheme in SCHEMES:
+    """Both layouts against float64, in the first dtype, then times on a layer of ``sizes.launch``, then others."""
+    dtypes = [dtype for dtype in job.sizes.dtypes if dtype != torch.float32]
+    result: Result = {"warm": warm(_cases(dtypes, job), job, job.left * 0.6)}
+    result |= {"rows": [], "times": [], "failed": [], "left_out": []}
+    for dtype in dtypes:
+        for scheme, layout in _kinds(job):
             if job.left < 3:
-                result["left_out"].append(f"{scheme} {dtype_name(dtype)}")
+                result["left_out"].append(f"{scheme} {layout} {dtype_name(dtype)}")
                 continue
-            result["rows"] += _numerics(scheme, dtype, job)
+            result["rows"] += _numerics(scheme, layout, dtype, job)
             result["failed"] = [_say(row) for row in result["rows"] if not row["ok"]]
             job.save(result)
-    for m in TOKENS[:3]:
-        if job.left < 3:
-            result["left_out"].append(f"times of {m} tokens")
-            continue
-        result["times"].append(_times(m, job))
-        job.save(result)
+        for m in TOKENS[:3] if dtype == dtypes[0] else ():
+            if job.left < 3:
+                result["left_out"].append(f"times of {m} tokens")
+                continue
+            result["times"].append(_times(m, job))
+            job.save(result)
     return result
+
+
+def _kinds(job: Job) -> list[tuple[str, str]]:
+    """Every sparse scheme in each of its layouts."""
+    return [(scheme, layout) for scheme in SCHEMES for layout in layouts(scheme, job)]
+
+
+def _cases(dtypes: list[torch.dtype], job: Job) -> list[Case]:
+    """The kernels of the numerics, and of the times."""
+    plan = [(job.sizes.odd, dtype) for dtype in dtypes] + [(job.sizes.launch, _TIMED)]
+    return [
+        Case(scheme, dtype_name(dtype), m, *shape, layout=layout)
+        for shape, dtype in plan
+        for scheme, layout in _kinds(job)
+        for m in TOKENS
+    ]
 
 
 def _say(row: Result) -> str:
     return f"{row['scheme']} {row['layout']} {row['dtype']} M = {row['m']}: {row['problem']}"
 
 
-def _numerics(scheme: str, dtype: torch.dtype, job: Job) -> list[Result]:
+def _numerics(scheme: str, layout: str, dtype: torch.dtype, job: Job) -> list[Result]:
     n, k = job.sizes.odd
-    packed = pruned(scheme, n, k, dtype, job.device)
-    dense = packed.dequantize(torch.float64)
-    rows = []
-    for layout in layouts(scheme, job):
-        p = packed.to_layout(layout)
-        for m in TOKENS:
-            x = random_tokens(m, k, dtype, job.device)
-            row = {"scheme": scheme, "layout": layout, "dtype": dtype_name(dtype), "m": m, "n": n, "k": k}
-            found = error_of(partial(_product, x, p), x.double() @ dense.t(), packed.format.max_error(dtype))
-            rows.append(row | found)
+    packed = random_weight(FORMATS[scheme], n, k, dtype, job.device)
+    dense, p, rows = packed.dequantize(torch.float64), packed.to_layout(layout), []
+    for m in TOKENS:
+        x = random_tokens(m, k, dtype, job.device)
+        row = {"scheme": scheme, "layout": layout, "dtype": dtype_name(dtype), "m": m, "n": n, "k": k}
+        found = error_of(partial(_product, x, p), x.double() @ dense.t(), packed.format.max_error(dtype))
+        rows.append(row | found)
     return rows
 
 
@@ -85,9 +97,9 @@ def _product(x: Tensor, p: PackedWeight) -> Tensor:
 
 def _times(m: int, job: Job) -> Result:
     """Microseconds in fp16 with a cold cache; what cannot be done here says why."""
-    (n, k), dtype = job.sizes.launch, torch.float16
-    x = random_tokens(m, k, dtype, job.device)
-    weight = torch.randn(n, k, device=job.device).to(dtype)
+    n, k = job.sizes.launch
+    x = random_tokens(m, k, _TIMED, job.device)
+    weight = torch.randn(n, k, device=job.device).to(_TIMED)
     made: dict[str, Side] = {"F.linear float16": float_side(weight)}
     for scheme in (*SCHEMES, "w4a16", "w8a16"):
         fmt = FORMATS[scheme]
@@ -97,7 +109,9 @@ def _times(m: int, job: Job) -> Result:
     row: Result = {"m": m, "n": n, "k": k, "left_out": {}}
     try:
         made["semi-structured"] = peers.make("semi-structured", weight, FORMATS["w16a16-2:4"], 2)
-    except Unavailable as reason:
+        made["semi-structured"].product(x)
+    except (Unavailable, RuntimeError) as reason:
+        made.pop("semi-structured", None)
         row["left_out"]["semi-structured"] = str(reason)
     calls: dict[str, list[Callable[[], Any]]] = {
         name: [partial(call, x) for call in side.calls] for name, side in made.items()

@@ -103,7 +103,11 @@ def _contract(rows: Sequence[Result]) -> str:
 def _pictures(rows: Sequence[Result], folder: Path) -> list[str]:
     if importlib.util.find_spec("matplotlib") is None:
         return ["No pictures: matplotlib is not installed."]
-    return [f"![{path.stem}]({path.name})" for path in plot(rows, folder)]
+    try:
+        return [f"![{path.stem}]({path.name})" for path in plot(rows, folder)]
+    except Exception as error:
+        # The tables are worth more than pictures of them.
+        return [f"No pictures: {type(error).__name__}: {error}"]
 
 
 def _launch(result: Result) -> str:

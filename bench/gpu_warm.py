@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 
 from bench.gpu_job import Job
 from qlinear import ops
-from qlinear.format import DENSE
+from qlinear.format import FORMATS, Format
+from qlinear.packing import PackedWeight, pack
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,15 @@ class Case:
     bias: bool = False
     #: A ``qlinear.kernels.configs.Config``; None is the one that is chosen, and the operator's other kernels too.
     config: Any = None
+    #: Of a sparse weight.
+    layout: str = "triton"
+
+
+def random_weight(fmt: Format, n: int, k: int, dtype: torch.dtype, device: torch.device) -> PackedWeight:
+    """The same weight every time; of a sparse format magnitudes choose what is kept."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(n, k, generator=generator, device=device).to(dtype)
+    return pack(weight, fmt.name, layout="triton", prune="magnitude")
 
 
 def run_case(case: Case, device: torch.device) -> str | None:
@@ -35,12 +46,18 @@ def run_case(case: Case, device: torch.device) -> str | None:
 
     try:
         dtype = getattr(torch, case.dtype)
-        p = blank(DENSE[case.scheme], case.n, case.k, dtype, device)
         x = torch.zeros(case.m, case.k, dtype=dtype, device=device)
         bias = torch.zeros(case.n, dtype=dtype, device=device) if case.bias else None
-        matmul(x, p, bias, case.config)
-        if case.config is None and device.type == "cuda":
-            ops.linear(x, p, bias)
+        fmt = FORMATS[case.scheme]
+        if fmt.sparsity:
+            p = random_weight(fmt, case.n, case.k, dtype, device).to_layout(case.layout)
+            ops._linear_cuda(x, p, bias, None)
+        else:
+            p = blank(fmt, case.n, case.k, dtype, device)
+            matmul(x, p, bias, case.config)
+            if case.config is None and device.type == "cuda":
+                ops.linear(x, p, bias)
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:
         return f"{case}: {type(error).__name__}: {error}".splitlines()[0][:300]
@@ -69,17 +86,22 @@ def warm(cases: Iterable[Case], job: Job, seconds: float) -> list[str]:
 
 
 def distinct(cases: Sequence[Case], device: torch.device) -> list[Case]:
-    """One case for each kernel: M and N count by the configuration they lead to."""
+    """One case for each kernel: M and N count by the configuration they lead to, or by the bucket of M."""
+    from qlinear.kernels.configs import M_BUCKETS
     from qlinear.kernels.runtime import target_of
     from qlinear.kernels.tuned import config_on, fused_tokens_on
 
     target = target_of(device)
     kept: dict[object, Case] = {}
     for case in cases:
-        fmt, dtype = DENSE[case.scheme], getattr(torch, case.dtype)
+        fmt, dtype = FORMATS[case.scheme], getattr(torch, case.dtype)
+        aligned = (case.n % 16, case.k % 16, case.k % 128 == 0)
+        if fmt.sparsity:
+            bucket = bisect_left(M_BUCKETS, case.m)
+            kept.setdefault((case.scheme, case.dtype, case.layout, bucket, case.bias, aligned), case)
+            continue
         config = case.config or config_on(device, target, case.m, case.n, case.k, fmt, dtype)
         most = fused_tokens_on(device, case.n, case.k, fmt, dtype)
         many = case.config is None and most is not None and case.m > most
-        aligned = (case.n % 16, case.k % 16, case.k % 128 == 0)
         kept.setdefault((case.scheme, case.dtype, replace(config, split_k=1), case.bias, aligned, many), case)
     return list(kept.values())

@@ -63,8 +63,8 @@ def replayed(
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int, int]] = {}
     for name, side in sides.items():
         whole = side[:_MOST_CALLS]
-        calls = list(whole) * -(-_nodes(whole[0], device) // len(whole))
         try:
+            calls = list(whole) * -(-_nodes(whole[0], device) // len(whole))
             graph = capture(calls, device)
         except torch.OutOfMemoryError:
             raise

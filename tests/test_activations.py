@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import DTYPES, dtype_id, error, random_tokens, random_weight, weight64
+from models import run_python
 
 import qlinear  # noqa: F401 - registers torch.ops.qlinear
 from qlinear.format import DENSE, ROUNDED
@@ -151,3 +152,17 @@ def test_too_many_in_features_for_int32(device):
     scale = torch.ones(1, 1, 64, device=device)
     with pytest.raises(ValueError, match=f"in_features is {k}"):
         quantized_linear_tensors(torch.zeros(1, k, device=device), weight, scale, W8A8, 64)
+
+
+def test_a_gpu_rounds_the_quotient_before_it_rounds_to_an_integer() -> None:
+    """In one multiply-add it would not, and tokens next to a tie would differ from every other implementation's."""
+    code = """
+    import re, torch
+    from qlinear.kernels.compile import compile_quantize
+    for norm in (False, True):
+        ptx = compile_quantize(torch.bfloat16, 576, (9, 0), norm=norm).asm["ptx"]
+        added = re.findall(r"(add|fma)[.\\w]*\\s[^;]*0f4B400000;", ptx)
+        assert added and set(added) == {"add"}, added
+    print("done")
+    """
+    assert run_python(code, TRITON_INTERPRET="0").strip() == "done"

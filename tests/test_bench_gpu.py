@@ -59,7 +59,9 @@ class Clock:
         return self.now
 
 
-def plan(folder: Path, takes: dict[str, float], minutes: float, found: dict[str, Result] | None = None) -> list[str]:
+def plan(
+    folder: Path, takes: dict[str, float], minutes: float, found: dict[str, Result] | None = None, again: bool = False
+) -> list[str]:
     """Runs stages of 100 seconds each; returns ``name:seconds allowed`` of those that were launched."""
     stages, clock, launched = [Stage(name, 100, "none:none") for name in takes], Clock(), []
 
@@ -68,7 +70,7 @@ def plan(folder: Path, takes: dict[str, float], minutes: float, found: dict[str,
         clock.now += takes[stage.name]
         (folder / f"{stage.name}.json").write_text(json.dumps((found or {}).get(stage.name, {"failed": []})))
 
-    gpu.run(folder, minutes, stages, launcher, clock, say=lambda text: None)
+    gpu.run(folder, minutes, stages, launcher, clock, lambda text: None, again)
     return launched
 
 
@@ -93,6 +95,9 @@ def test_a_run_is_taken_up_again(tmp_path: Path) -> None:
     # Only what holds an error is run again, and has all the time.
     assert plan(tmp_path, takes, 110 / 60) == ["a:100"]
     assert plan(tmp_path, takes, 5) == []
+    assert plan(tmp_path, takes, 110 / 60, {"c": {"left_out": ["one"]}}, again=True) == ["c:100"]
+    assert plan(tmp_path, takes, 110 / 60, {"c": {"left_out": []}}, again=True) == ["c:100"]
+    assert plan(tmp_path, takes, 5, again=True) == []
 
 
 def script(text: str) -> Callable[[Stage, Path, float], list[str]]:
@@ -243,6 +248,8 @@ def test_warming_up_launches_the_kernels(device: torch.device) -> None:
     assert problem is not None and "float64" in problem and "\n" not in problem
     weight = blank(FORMATS["w4a16-g32-asym"], 130, 200, torch.float16, device)
     assert weight.out_features == 130 and weight.weight.shape[0] == weight.scale.shape[0] == 3
+    for scheme, layout in (("w4a16-2:4", "triton"), ("w8a16-block64", "triton"), ("w16a16-unstructured", "triton")):
+        assert run_case(Case(scheme, "float16", 2, 130, 200, layout=layout), device) is None
     assert warm([Case("w4a16", "float16", 1, 64, 64)], job(torch.device("cpu"), processes=4), 1.0) == []
 
 
@@ -251,6 +258,9 @@ def test_every_kernel_is_compiled_once(device: torch.device) -> None:
     kept = distinct(cases, device)
     assert {(case.m, case.n) for case in kept} >= {(1, 4096), (1, 1001), (12, 4096), (256, 4096)}
     assert not {(case.m, case.n) for case in kept} & {(5, 4096), (8, 4112)}
+    both = ("triton", "mma.sp")
+    sparse = [Case("w4a16-2:4", "float16", m, 64, 128, layout=name) for m in (1, 8, 16) for name in both]
+    assert [(case.m, case.layout) for case in distinct(sparse, device)] == [(m, name) for m in (1, 16) for name in both]
     config = distinct([Case("w4a16", "float16", 1, 64, 128, config=c) for c in CONFIGS], device)
     assert [case.config for case in config] == [CONFIGS[0], CONFIGS[2]]
 

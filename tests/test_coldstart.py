@@ -94,7 +94,7 @@ def test_making_a_layer_compiles_and_imports_nothing() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, which the command measures instead")
 def test_the_command_measures_fresh_processes() -> None:
-    rows = coldstart.measure("cpu", ("w8a8",))
+    rows = list(coldstart.measure("cpu", ("w8a8",)))
     assert [row["cache"] for row in rows] == ["empty", "filled"]
     for row in rows:
         assert row["kernels"] == ["_quantize_kernel", "_matmul_kernel"]
@@ -104,6 +104,6 @@ def test_the_command_measures_fresh_processes() -> None:
 
 def test_a_process_that_fails_is_reported() -> None:
     with pytest.raises(RuntimeError, match=r"w3a16.* does not exist"):
-        coldstart.measure("cpu", ("w3a16",))
+        list(coldstart.measure("cpu", ("w3a16",)))
     late = coldstart.stage(Job(torch.device("cpu"), deadline=0.0))
     assert late["left_out"] == list(coldstart.SCHEMES) and late["rows"] == []
