@@ -153,6 +153,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its forward was replaced on the instance (offloading or a wrapper)"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrized"
+    if "weight" not in module._parameters and "weight_mask" not in module._buffers:
+        return "its weight is computed before every forward (weight_norm, spectral_norm: remove that first)"
     if isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward:
         return f"{kind.__name__} has a forward of its own"
     if isinstance(float_parameter(module), nn.parameter.UninitializedParameter):
@@ -202,7 +204,9 @@ def choose(model: nn.Module, rules: list[tuple[str | None, _T | None]], verb: st
         if not any(matches(pattern, c.names) for c in layers):
             names = ", ".join(c.name for c in layers[:6]) + (", ..." if len(layers) > 6 else "")
             wanted = "" if pattern is None else f"pattern {pattern!r} matches no linear layer; "
-            raise ValueError(f"{wanted}the model's linear layers are: {names or 'none'}")
+            done = sum(isinstance(module, QLinear) for module in model.modules())
+            names = (names or "none") + (f" ({done} are quantized already)" if done else "")
+            raise ValueError(f"{wanted}the model's linear layers are: {names}")
     chosen: list[tuple[Candidate, _T | None]] = []
     for layer in layers:
         rule = next((rule for rule in rules if matches(rule[0], layer.names)), (None, None))

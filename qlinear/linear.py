@@ -57,6 +57,8 @@ class QLinear(nn.Module):
     ) -> None:
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
+        if compute_dtype not in (None, *ops.FLOATS):
+            raise ValueError(f"compute_dtype is one of {ops.FLOATS}, got {compute_dtype!r}")
         self.in_features, self.out_features = in_features, out_features
         self.scheme = str(Scheme.parse(scheme))
         self.float_dtype, self.compute_dtype = dtype, compute_dtype
@@ -138,16 +140,19 @@ class QLinear(nn.Module):
         """``plain``, ``triton`` or ``cpu``: told by the tensor."""
         return layouts.layout_of(self.weight_packed)
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        compute = self.compute_dtype
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            compute = compute or torch.get_autocast_dtype(x.device.type)
-            dtype = torch.get_autocast_dtype(x.device.type)
-        if compute is not None and x.dtype != compute:
-            x = x.to(compute)
-        y = ops.linear(x, self.packed, self.bias, self.weight_dense)
-        return y if y.dtype == dtype else y.to(dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        device, dtype, compute = input.device.type, input.dtype, self.compute_dtype
+        if not input.is_meta and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            # What the product is made of has the dtypes it needs.
+            with torch.autocast(device, enabled=False):
+                return self._product(input, compute or dtype).to(dtype)
+        return self._product(input, compute).to(dtype)
+
+    def _product(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        if dtype is not None and x.dtype != dtype:
+            x = x.to(dtype)
+        return ops.linear(x, self.packed, self.bias, self.weight_dense)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight ``[out_features, in_features]`` this layer computes with, in the dtype it was made from."""
@@ -224,7 +229,7 @@ class QLinear(nn.Module):
             self.unprepare()
         # Seen as integers, scales pass through casts to another float dtype untouched.
         dtype = self.weight_scale.dtype
-        self.weight_scale = self.weight_scale.view(_integer(dtype))
+        self.weight_scale = self.weight_scale.view(torch.int32 if dtype.itemsize == 4 else torch.int16)
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # PyTorch has no annotation
         finally:
@@ -292,7 +297,3 @@ class QLinear(nn.Module):
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _integer(dtype: torch.dtype) -> torch.dtype:
-    return torch.int32 if dtype.itemsize == 4 else torch.int16

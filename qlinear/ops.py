@@ -28,7 +28,8 @@ from qlinear.packing import PackedWeight
 from qlinear.paths import FRAGMENT_TOKENS, UNSTRUCTURED_TOKENS
 from qlinear.token_ops import linear_in_parts, rounded_linear
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+#: What a layer computes in.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 #: Up to here a GPU's kernel is always taken: crossovers lie at multiples of it.
 _FEW_TOKENS = 128
@@ -50,7 +51,7 @@ def _check(x: Tensor, packed: PackedWeight) -> None:
         raise ValueError(
             f"the last dimension of the input is {x.shape[-1]}, the layer's in_features is {packed.in_features}"
         )
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise ValueError(f"the input is {x.dtype}; a quantized linear layer takes float16, bfloat16 or float32")
     if x.device != packed.device:
         raise ValueError(f"the input is on {x.device}, the weight on {packed.device}")

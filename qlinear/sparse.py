@@ -156,6 +156,8 @@ def stored(weight: Tensor, index: Tensor, fmt: Format, n: int, k: int) -> int:
     Raises:
         ValueError: the index does not fit the format, the shape or the weight.
     """
+    if index.is_meta:
+        return len(weight) if fmt.block else len(weight) * 32 // fmt.bits
     if fmt.block:
         rows, count = -(-n // fmt.block), len(weight)
         starts, columns = index[: rows + 1], index[rows + 1 :]
@@ -206,7 +208,8 @@ def check_pattern(weight: Tensor, fmt: Format) -> None:
     if broken:
         raise ValueError(
             f"the weight does not have the pattern {fmt.sparsity}: {broken:.1%} of {what}; "
-            "prune it first, or pass prune='magnitude'"
+            "prune it first, pass prune='magnitude', or leave it in float by giving it the scheme None "
+            "(--scheme NAME=none)"
         )
 
 

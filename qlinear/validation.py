@@ -30,7 +30,7 @@ class LayerError:
     """The error of one layer's output on the activations the float model feeds it.
 
     ``snr_db`` is ``10 log10(|y|^2 / |y - y_q|^2)``, ``relative_error`` ``|y - y_q| / |y|`` and ``max_error`` the
-    largest absolute difference, in the output's own units.
+    largest absolute difference, in the output's own units. All are NaN, which passes no gate, if the layer never ran.
     """
 
     name: str
@@ -108,6 +108,7 @@ class _Sums:
     signal: float = 0.0
     noise: float = 0.0
     largest: float = 0.0
+    seen: bool = False
 
     def add(self, wanted: Tensor, got: Tensor) -> None:
         wanted, got = wanted.detach().double(), got.detach().double()
@@ -116,6 +117,7 @@ class _Sums:
         # `max` keeps a NaN only on one side; a NaN difference has to show.
         difference = (wanted - got).abs().max().item() if wanted.numel() else 0.0
         self.largest = difference if math.isnan(difference) else max(self.largest, difference)
+        self.seen = True
 
     @property
     def relative(self) -> float:
@@ -128,6 +130,11 @@ class _Sums:
             if self.noise == 0
             else (20 * math.log10(1 / self.relative) if self.relative < math.inf else -math.inf)
         )
+
+    def error(self, name: str, scheme: str) -> LayerError:
+        """NaN where nothing was compared: a layer that never ran is not a layer without an error."""
+        values = (self.snr_db, self.relative, self.largest) if self.seen else (math.nan, math.nan, math.nan)
+        return LayerError(name, scheme, *values)
 
 
 @dataclass
@@ -181,7 +188,7 @@ def validate(
             module.training = mode
     if not total.output.signal and not total.positions:
         raise ValueError("there were no batches to validate on")
-    errors = [LayerError(n, layers[n].scheme, s.snr_db, s.relative, s.largest) for n, s in sums.items()]
+    errors = [s.error(n, layers[n].scheme) for n, s in sums.items()]
     kl = total.kl / total.positions if total.logits and total.positions else None
     agreement = total.agree / total.positions if total.logits and total.positions else None
     return Validation(errors, kl, agreement, total.output.relative, total.positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,12 +94,23 @@ def test_doctor_fails_on_a_wrong_result(capsys: Captured, monkeypatch: pytest.Mo
         (["convert", "{folder}", "{tmp}/o", "--scheme", "w3a16"], "w4a16-g64"),
         (["convert", "{folder}", "{tmp}/o", "--scheme", "nothing*=w8a16"], "matches no linear layer"),
         (["convert", "{folder}", "{folder}", "--scheme", "w8a16"], "--overwrite"),
+        (["convert", "{folder}", "{tmp}/o", "--scheme", "w8a16", "--device", "cuda:7"], "--device cuda:7"),
         (["inspect", "{tmp}/missing"], "missing"),
         (["validate", "{folder}"], "--reference"),
         (["validate", "{folder}", "--scheme", "w8a16", "--bound", "kl"], "METRIC=NUMBER"),
         (["validate", "{folder}", "--scheme", "w8a16", "--tokens", "32", "--bound", "speed=1"], "not a metric"),
     ],
-    ids=["no-model", "no-scheme", "no-match", "exists", "inspect-missing", "validate-what", "bad-bound", "no-metric"],
+    ids=[
+        "no-model",
+        "no-scheme",
+        "no-match",
+        "exists",
+        "no-gpu",
+        "inspect-missing",
+        "validate-what",
+        "bad-bound",
+        "no-metric",
+    ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
     arguments: list[str], wanted: str, language_model: Path, tmp_path: Path, capsys: Captured
@@ -108,6 +120,22 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert error[-1].startswith("qlinear: ") and wanted in error[-1]
     assert not any("Traceback" in line for line in error)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["float", "converted"])
+def test_a_damaged_file_is_one_line_too(
+    converted: bool, language_model: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    folder = tmp_path / "model"
+    if converted:
+        assert run("convert", str(language_model), str(folder), "--scheme", "w8a16") == 0
+    else:
+        shutil.copytree(language_model, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    capsys.readouterr()
+    assert run("inspect", str(folder)) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("qlinear: ")
 
 
 def test_usage_errors_are_exit_code_2(capsys: Captured) -> None:

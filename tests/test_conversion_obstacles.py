@@ -111,3 +111,21 @@ def test_a_transformer_encoder_of_torch_still_runs():
 
 def test_a_subclass_that_computes_the_same_is_swapped():
     assert layers(qlinear.convert(nn.Sequential(Renamed(40, 7)), "w8a16")) == {"0": "w8a16"}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm], ids=["weight_norm", "spectral_norm"])
+def test_a_weight_that_hooks_compute_is_left_alone(norm):
+    model = nn.Sequential(norm(nn.Linear(64, 64)), nn.Linear(64, 8)).eval()
+    qlinear.convert(model, "w8a16")
+    assert floats(model) == ["0"] and model(torch.randn(3, 64)).shape == (3, 8)
+    with pytest.raises(ValueError, match=r"layer '0' cannot be converted: its weight is computed before every forward"):
+        qlinear.convert(model, {"0": "w8a16"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, "bfloat16"], ids=str)
+def test_a_compute_dtype_that_no_product_has_is_refused(dtype):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=rf"layer '0' \(w8a16\): compute_dtype is one of .* got .*{dtype}"):
+        qlinear.convert(model, "w8a16", compute_dtype=dtype)
+    assert isinstance(model[0], nn.Linear)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from models import tiny_gpt2, tiny_llama
 from torch import nn
 
@@ -69,3 +70,10 @@ def test_table_and_data() -> None:
     assert str(on_cpu).splitlines()[-1] == f"14 x w4a16: {few}"
     data = report.to_dict()
     assert data["bytes_after"] == sum(row["bytes_after"] for row in data["parameters"]) < data["bytes_before"]
+
+
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_a_model_without_data_is_listed(scheme: str) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(qlinear.QLinear(128, 256, scheme))
+    assert qlinear.inspect(model).rows[0].scheme == scheme

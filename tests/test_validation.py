@@ -97,6 +97,26 @@ def test_a_nan_fails_every_gate() -> None:
         assert not report.passes(bound), bound
 
 
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(64, 8), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.used(x)
+        return y
+
+
+def test_a_layer_that_never_ran_passes_no_gate() -> None:
+    float_model = Half()
+    model = qlinear.convert(copy.deepcopy(float_model), "w8a16")
+    report = qlinear.validate(model, float_model, [torch.randn(4, 64)])
+    used, unused = report.layers
+    assert used.snr_db > 20 and used.max_error > 0
+    assert all(math.isnan(value) for value in (unused.snr_db, unused.relative_error, unused.max_error))
+    assert [line.split(":")[0] for line in report.failures({"snr_db": 20, "relative_error": 1})] == ["unused"] * 2
+
+
 def test_modes_and_hooks_are_restored() -> None:
     model, reference = _pair("w8a16")
     model.train()

@@ -6,6 +6,7 @@ import os
 import sys
 
 import click
+from safetensors import SafetensorError
 
 import qlinear
 from qlinear.cli import machine, models
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("qlinear: interrupted", err=True)
         sys.exit(130)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         if os.environ.get("QLINEAR_DEBUG"):
             raise
         click.echo(f"qlinear: {' '.join(str(error).split()) or type(error).__name__}", err=True)

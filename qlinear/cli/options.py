@@ -19,8 +19,12 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def load(model: str, dtype: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
     """A model and its tokenizer (None where it has none), converted or float."""
+    import torch
+
     from qlinear.demo.source import load_any
 
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: there is no CUDA or ROCm device here")
     return load_any(model, dtype, device)
 
 
