@@ -106,11 +106,15 @@ def no_bar(layers: Iterable[nn.Module], progress: bool | None) -> bool | None:
     return (True if weights < _LONG else None) if progress is None else not progress
 
 
-def prepare(model: nn.Module) -> nn.Module:
-    """Puts every quantized layer into the layout its device computes with: after loading plain weights by hand."""
+def prepare(model: nn.Module, layout: str | None = None) -> nn.Module:
+    """Puts every quantized layer into the layout its device computes with: after loading plain weights by hand.
+
+    ``layout="cpu"`` before ``torch.export.save``, ``torch.jit.save``, AOTInductor, strict export or ``share_memory`` of
+    a model with ``w8a8`` on a CPU: its fastest layout, ``onednn``, has no storage that these could read.
+    """
     for module in model.modules():
         if isinstance(module, QLinear):
-            module.prepare()
+            module.prepare(layout)
     return model
 
 

@@ -6,6 +6,7 @@ token, so they win for few tokens; above that the float product of a dequantized
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,18 +16,23 @@ from torch.nn import functional as F
 
 from qlinear import cpu_sparse
 from qlinear.bits import e4m3_to_float, unpack_bits
-from qlinear.cpu_layout import from_plain, int4_tiles, zero_points
+from qlinear.cpu_layout import VNNI, int4_tiles, zero_points
 from qlinear.format import ROUNDED, Format
 from qlinear.packing import PackedWeight, expand_groups, scaled, signed
 
 _int4_mm: Callable[..., Tensor] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _int8_mm: Callable[..., Tensor] = torch.ops.aten._weight_int8pack_mm.default
 
+#: The operator of int8 weights in oneDNN's order.
+PREPACKED = "onednn::qlinear_pointwise"
+
 #: Most tokens the packed operators are given; above it a dequantized tile is cheaper.
 INT4_TOKENS = 64
 INT8_TOKENS = 16
-#: Most tokens whose int8 values the weight-only operator multiplies; above it ``_int_mm`` is faster.
+#: Most tokens whose int8 values the weight-only operator multiplies in the cpu layout; above it ``_int_mm`` is faster.
 W8A8_TOKENS = 2
+#: Whether ``_int_mm`` is wrong here: 30.016 for a sum of 256 ones and minus ones that is 32.
+_SATURATES = not VNNI and platform.machine() in ("x86_64", "AMD64")
 #: Most tokens the packed operators are given where a 16-bit copy of the weight is kept: where their times and those of
 #: `F.linear` cross on a line from 1 to 16 tokens (4096 x 4096 in `bench/results/cpu-matmul.json`: 5 for int8, 6 for
 #: int4).
@@ -38,6 +44,8 @@ _INT32_COLUMNS = 1 << 17
 _TILE_WEIGHTS = 1 << 22
 #: Floor of a token's largest magnitude: a zero row has zero values, whatever its scale.
 _SMALLEST = torch.tensor(1e-30, dtype=torch.float32)
+#: The zero point of the weight, which has none.
+_NO_ZERO = torch.zeros(1, dtype=torch.int32)
 #: What the largest magnitude of a token is rounded to, by the kind of number.
 _LARGEST = {number: torch.tensor(rounded.largest, dtype=torch.float32) for number, rounded in ROUNDED.items()}
 
@@ -56,8 +64,13 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", colu
         name, reason = path(fmt.weight_only, dtype, tokens, layout, columns)
         return name, f"int8 values held as floats, exactly; {reason}"
     if fmt.integer_activations:
-        if dtype == torch.bfloat16 and tokens <= W8A8_TOKENS and layout == "cpu" and columns % 32 == 0:
-            return "aten::_weight_int8pack_mm", f"int8 values held in bfloat16, exactly; up to {W8A8_TOKENS} tokens"
+        if layout == "onednn":
+            return PREPACKED, "int8 x int8, int32 sums; activations quantized per token"
+        few = INT8_TOKENS if _SATURATES else W8A8_TOKENS
+        if dtype == torch.bfloat16 and tokens <= few and layout == "cpu" and columns % 32 == 0:
+            return "aten::_weight_int8pack_mm", f"int8 values held in bfloat16, exactly; up to {few} tokens"
+        if _SATURATES:
+            return "dequantize + F.linear", "int8 values held in float32: sums of int8 saturate on x86 without VNNI"
         return "aten::_int_mm", "int8 x int8, int32 sums; activations quantized per token"
     if dtype != torch.bfloat16:
         return "dequantize + F.linear", "no fast operator in this dtype: saves memory, not time"
@@ -80,7 +93,7 @@ def few_tokens(fmt: Format, dtype: torch.dtype, layout: str) -> int:
 
 
 def matmul(x: Tensor, packed: PackedWeight) -> Tensor:
-    """``x @ W.T`` for x ``[M, K]`` and a packed weight in the plain or cpu layout; returns ``[M, N]`` in x's dtype."""
+    """``x @ W.T`` for x ``[M, K]`` and a packed weight in any layout of a CPU; returns ``[M, N]`` in x's dtype."""
     weight, scale, zero_point = packed.weight, packed.scale, packed.zero_point
     fmt, n = packed.format, packed.out_features
     if x.shape[0] == 0:
@@ -105,12 +118,11 @@ def matmul(x: Tensor, packed: PackedWeight) -> Tensor:
         return y if y.shape[1] == n else y[:, :n]
     if name == "aten::_weight_int8pack_mm":
         if fmt.integer_activations:
-            return _few_int8_matmul(x, weight, scale)
+            return _few_int8_matmul(x, packed)
         return _int8_mm(_pad(x, weight.shape[1]), weight, scale.view(-1).to(x.dtype))
-    if name == "aten::_int_mm":
-        if weight.dtype == torch.int32:
-            weight = from_plain((weight, scale, None), fmt, n, x.shape[1])[0]
-        return _int8_matmul(x, weight, scale)
+    if fmt.integer_activations:
+        values, token_scale = _round_activations(x)
+        return rounded_matmul(values, token_scale, packed, x.dtype)
     return _tiled_matmul(x, weight, scale, zero_point, fmt, n)
 
 
@@ -150,10 +162,31 @@ def _round_activations(x: Tensor, number: str = "int") -> tuple[Tensor, Tensor]:
     return values, torch.div(largest, levels)
 
 
-def _int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    values, token_scale = quantize_activations(x)
+def rounded_matmul(values: Tensor, token_scale: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The product of int8 values ``[M, K]`` (int8, or held in floats) with int8 weights: ``[M, N]`` in ``dtype``."""
+    scale = packed.scale.view(-1)
+    if packed.layout == "onednn":
+        # Fast with uint8 only: int8 takes 190 ms for a token by 4096 x 4096.
+        unsigned = (values + 128).to(torch.uint8) if values.is_floating_point() else values.view(torch.uint8) ^ 128
+        return _prepacked_product(unsigned, packed.weight, scale.float()).mul_(token_scale).to(dtype)
+    if _SATURATES:
+        wide = values.float()
+        y = _tiled_matmul(wide, packed.weight, packed.scale, None, packed.format, packed.out_features)
+        return y.mul_(token_scale).to(dtype)
     # An int32 tensor times a float32 one is float32, and so it stays when 16-bit scales come in.
-    return _int_product(values, weight).mul(token_scale).mul_(scale.view(-1)).to(x.dtype)
+    values = values.to(torch.int8, memory_format=torch.contiguous_format)
+    return _int_product(values, packed.to_layout("cpu").weight).mul(token_scale).mul_(scale).to(dtype)
+
+
+def _prepacked_product(values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """uint8 ``[M, K]``, of which 128 is taken away, by ``[N, K]`` in oneDNN's order and the scales ``[N]``: float32."""
+    one = len(values) == 1
+    # Kernels for few rows are slower than that for four (4096 x 4096 on an AMD EPYC: one 827 us, four 699).
+    rows = values.expand(4, -1) if one else values
+    # Looked up here: not every build of PyTorch has oneDNN.
+    product = torch.ops.onednn.qlinear_pointwise.default
+    y: Tensor = product(rows, 1.0, 128, weight, scale, _NO_ZERO, None, 1.0, 0, torch.float32, "none", [], "")
+    return y[:1] if one else y
 
 
 def _int_product(values: Tensor, weight: Tensor) -> Tensor:
@@ -169,15 +202,16 @@ def _int_product(values: Tensor, weight: Tensor) -> Tensor:
     return torch.stack(products).sum(0)
 
 
-def _few_int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _few_int8_matmul(x: Tensor, packed: PackedWeight) -> Tensor:
     """The same product for bfloat16 tokens, through the weight-only operator, which sums in float32.
 
     Integers up to 127 are exact in bfloat16 and so are their products in float32. At one token this takes a third off
     a layer of 576x576 and a fifth off one of 4096x4096: four small operators fewer, and no wait for oneDNN.
     """
+    weight, scale = packed.weight, packed.scale
     if scale.dtype != torch.bfloat16 and torch.compiler.is_compiling():
         # Inductor takes scales that are stored, not computed ones.
-        return _int8_matmul(x, weight, scale)
+        return rounded_matmul(*_round_activations(x), packed, x.dtype)
     values, token_scale = _round_activations(x)
     return _int8_mm(values.to(torch.bfloat16), weight, scale.view(-1).to(torch.bfloat16)).mul_(token_scale)
 

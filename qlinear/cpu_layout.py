@@ -10,6 +10,9 @@
 - int8: ``weight`` int8 ``[N, K]`` signed; for w8a16 K is padded to a multiple of 32, because
   ``aten::_weight_int8pack_mm`` reads past the end of a row in bfloat16 otherwise.
 
+``onednn``, for w8a8 where :func:`prepacks`: ``weight`` is an opaque int8 tensor ``[K, N]`` (``torch._mkldnn``) in the
+order of ``onednn::qlinear_prepack``; ``aten::_int_mm`` puts the ``cpu`` layout into that order in every call.
+
 The order of the int4 bytes differs between AVX2 and AVX-512 and has no inverse operator. :func:`int4_tiles` finds the
 order by packing a probe; nothing in this layout is ever written to disk.
 """
@@ -27,8 +30,17 @@ from qlinear.format import Format
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]
 
+#: Whether oneDNN multiplies int8 by VNNI. On other x86 machines its sums of two products saturate in int16.
+VNNI = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+#: Most columns whose products of uint8 and int8 values (255 * 127) surely fit a sum in int32.
+_PREPACKED_COLUMNS = 1 << 16
 #: Group sizes of the packed int4 operator.
 _OPERATOR_GROUPS = (256, 128, 64, 32)
+
+
+def prepacks(fmt: Format, columns: int) -> bool:
+    """Whether this machine has the ``onednn`` layout for a weight with so many columns."""
+    return VNNI and fmt.bits == 8 and fmt.integer_activations and columns <= _PREPACKED_COLUMNS
 
 
 def from_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
@@ -54,9 +66,17 @@ def from_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     return packed, both.transpose(0, 1).contiguous(), None if zero is None else zero.new_empty(0)
 
 
+def to_onednn(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
+    """The ``onednn`` layout of plain tensors."""
+    values, scale, zero = from_plain(tensors, fmt, n, k)
+    return torch.ops.onednn.qlinear_prepack(values, None), scale, zero
+
+
 def to_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     weight, scale, zero = tensors
     if fmt.bits == 8:
+        # `contiguous` leaves the strides of a single row as they are.
+        weight = weight.to_dense().t().clone(memory_format=torch.contiguous_format) if weight.is_mkldnn else weight
         codes = (weight[:, :k].to(torch.int16) + fmt.offset).to(torch.uint8)
         return pack_bits(codes, 8), scale, zero
     order, tiles = zip(*int4_tiles(weight, 2 * weight.numel()), strict=True)

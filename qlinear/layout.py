@@ -16,8 +16,8 @@ weights:
   64, 2 * C]`` holds for a row scale and zero point (exact in 16 bit) of each of the C groups of a block in turn, so
   that one load brings all of them. Padded rows and groups have scale 0.
 
-``cpu`` is what PyTorch's packed CPU operators read: :mod:`qlinear.cpu_layout`. 2:4 weights have a ``triton`` layout of
-their own, and another one, ``mma.sp``: :mod:`qlinear.layout24`.
+``cpu`` and ``onednn`` are what PyTorch's packed CPU operators read: :mod:`qlinear.cpu_layout`. 2:4 weights have a
+``triton`` layout of their own, and another one, ``mma.sp``: :mod:`qlinear.layout24`.
 """
 
 from __future__ import annotations
@@ -31,22 +31,26 @@ from qlinear import cpu_layout
 from qlinear.bits import pack_bits, unpack_bits
 from qlinear.format import BLOCK_K, TILE_N, Format
 
-LAYOUTS = ("plain", "triton", "cpu", "mma.sp")
+LAYOUTS = ("plain", "triton", "cpu", "onednn", "mma.sp")
 
 #: weight, scale, zero_point
 Tensors = tuple[Tensor, Tensor, Tensor | None]
 
 
 def layout_of(weight: Tensor) -> str:
-    """The layout of a packed weight, told by its dtype and shape alone."""
+    """The layout of a packed weight, told by the tensor alone."""
+    if weight.is_mkldnn:
+        return "onednn"
     if weight.dtype == torch.int32:
         # Of 2:4 weights the kernels read 32-bit words.
         return {4: "triton", 5: "mma.sp"}.get(weight.dim(), "plain")
     return "triton" if weight.dim() > 2 else "cpu"
 
 
-def native_layout(device: torch.device) -> str:
-    """The layout the matmul of this device reads fastest."""
+def native_layout(device: torch.device, fmt: Format | None = None, columns: int = 0) -> str:
+    """The layout the matmul of this device reads fastest, of a format and a number of in_features."""
+    if device.type == "cpu" and fmt is not None and cpu_layout.prepacks(fmt, columns):
+        return "onednn"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "plain"
     return {"cuda": "triton", "cpu": "cpu"}.get(device.type, "plain")
@@ -60,11 +64,10 @@ def convert(tensors: Tensors, source: str, target: str, fmt: Format, n: int, k: 
         _refuse_nan(tensors[0])
     if source == "triton":
         tensors = _from_triton(tensors, fmt, n, k)
-    elif source == "cpu":
+    elif source in ("cpu", "onednn"):
         tensors = cpu_layout.to_plain(tensors, fmt, n, k)
-    if target == "triton":
-        return _to_triton(tensors, fmt, n, k)
-    return cpu_layout.from_plain(tensors, fmt, n, k) if target == "cpu" else tensors
+    made = {"triton": _to_triton, "cpu": cpu_layout.from_plain, "onednn": cpu_layout.to_onednn}.get(target)
+    return tensors if made is None else made(tensors, fmt, n, k)
 
 
 def _refuse_nan(words: Tensor) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlinear import layout as layouts
 from qlinear import ops, sparse
 from qlinear.float_layers import float_tensor, is_conv1d
 from qlinear.format import FORMATS, Format, Scheme
@@ -43,6 +42,8 @@ class QLinear(nn.Module):
     weight_index: Tensor | None
     #: The 16-bit copy of :meth:`keep_dense`; None where there is none.
     weight_dense: Tensor | None
+    #: The weight in the layout ``onednn``; ``weight_packed`` is empty then.
+    weight_opaque: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -71,8 +72,9 @@ class QLinear(nn.Module):
         self.register_buffer("weight_scale", _empty(scale, fmt.scale_dtype(compute_dtype or dtype), device))
         self.register_buffer("weight_zero_point", None if zero is None else _empty(zero, torch.int32, device))
         self.register_buffer("weight_index", None if index is None else _empty(index, torch.int32, device).zero_())
-        # No buffer: it is made anew from the codes wherever the layer goes.
-        self.weight_dense = None
+        # No buffers: they are made anew from the codes wherever the layer goes. An opaque tensor has no storage, where
+        # FSDP and accelerate look for one and `zero_` writes past the end.
+        self.weight_dense = self.weight_opaque = None
         self.dense_dtype: torch.dtype | None = None
         self.bias = nn.Parameter(_empty((out_features,), dtype, device)) if bias else None
 
@@ -120,15 +122,9 @@ class QLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weight's tensors as they are now (a view, no copy)."""
-        return PackedWeight(
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.format,
-            self.out_features,
-            self.in_features,
-            self.weight_index,
-        )
+        weight = self.weight_packed if self.weight_opaque is None else self.weight_opaque
+        shape = self.out_features, self.in_features
+        return PackedWeight(weight, self.weight_scale, self.weight_zero_point, self.format, *shape, self.weight_index)
 
     @property
     def weight(self) -> Tensor:
@@ -137,8 +133,8 @@ class QLinear(nn.Module):
 
     @property
     def layout(self) -> str:
-        """``plain``, ``triton`` or ``cpu``: told by the tensor."""
-        return layouts.layout_of(self.weight_packed)
+        """``plain``, ``triton``, ``cpu`` or ``onednn``: told by the tensor."""
+        return self.packed.layout
 
     def forward(self, input: Tensor) -> Tensor:
         device, dtype, compute = input.device.type, input.dtype, self.compute_dtype
@@ -152,16 +148,19 @@ class QLinear(nn.Module):
     def _product(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         if dtype is not None and x.dtype != dtype:
             x = x.to(dtype)
+        exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if exported and self.weight_opaque is not None:
+            raise ValueError("the layout 'onednn' cannot be exported: call qlinear.prepare(model, layout='cpu') first")
         return ops.linear(x, self.packed, self.bias, self.weight_dense)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight ``[out_features, in_features]`` this layer computes with, in the dtype it was made from."""
         return self.packed.dequantize(dtype or self.float_dtype)
 
-    def prepare(self) -> QLinear:
-        """Puts the weight into the layout this device computes with, unless it is there already or on ``meta``."""
-        if not self.weight_packed.is_meta and self.layout == "plain":
-            self._set(self.packed.to_layout())
+    def prepare(self, layout: str | None = None) -> QLinear:
+        """Puts the weight into a layout; None: the one this device is fastest with, unless it left the plain one."""
+        if not self.weight_packed.is_meta and (layout or self.layout == "plain"):
+            self._set(self.packed.to_layout(layout))
             if self.layout == "triton":
                 ops.reserve(self.weight_packed.device)
         if self.dense_dtype is not None and self.weight_dense is None and not self.weight_packed.is_meta:
@@ -213,7 +212,9 @@ class QLinear(nn.Module):
         return self.layout != "plain" or self.weight_dense is not None
 
     def _set(self, packed: PackedWeight) -> None:
-        self.weight_packed, self.weight_scale, self.weight_zero_point, self.weight_index = packed.tensors
+        weight, self.weight_scale, self.weight_zero_point, self.weight_index = packed.tensors
+        self.weight_opaque = weight if packed.layout == "onednn" else None
+        self.weight_packed = weight if self.weight_opaque is None else _empty((0,), torch.int8, packed.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
         probe = fn(self.weight_packed.new_empty(0))
@@ -278,7 +279,7 @@ class QLinear(nn.Module):
         state = self.__dict__.copy()
         plain = self.packed.to_layout("plain")
         state["_buffers"] = {**self._buffers, **dict(zip(_BUFFERS, plain.tensors, strict=True))}
-        state["weight_dense"] = None
+        state["weight_dense"] = state["weight_opaque"] = None
         state["_was_prepared"] = self._prepared
         return state
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from qlinear import layout as layouts
 from qlinear import layout24, sparse, sparse_layout
 from qlinear.bits import pack_bits, unpack_bits
+from qlinear.cpu_layout import prepacks
 from qlinear.format import Format, Scheme
 from qlinear.quantize import Codes, quantize
 
@@ -25,7 +26,9 @@ class PackedWeight:
 
     - ``plain``: ``weight`` int32 ``[N, ceil(K*bits/32)]``, ``scale`` ``[N, G]``, ``zero_point`` int32
       ``[ceil(N*bits/32), G]`` packed along N, or None where symmetric. This is what a checkpoint holds.
-    - ``triton``: what the GPU kernels read. - ``cpu``: what PyTorch's packed CPU operators read.
+    - ``triton``: what the GPU kernels read.
+    - ``cpu``: what PyTorch's packed CPU operators read. ``onednn``: for w8a8 what oneDNN reads, a tensor without a
+      storage, which cannot be shared between processes or written by ``torch.export.save``.
 
     A sparse format stores the kept weights only, and ``index`` says where they belong: see :mod:`qlinear.sparse`.
     Blocks and 2:4 weights have GPU layouts of their own, blocks one for the CPU too; everything else sparse is plain.
@@ -84,12 +87,15 @@ class PackedWeight:
         """The same weight in another layout; exact in both directions. None: the one this device computes with.
 
         Raises:
-            ValueError: the layout's name is not one of ``plain``, ``triton``, ``cpu``, ``mma.sp``; or it is the last
-                and the weight is not 2:4.
+            ValueError: the layout's name is not one of ``plain``, ``triton``, ``cpu``, ``onednn``, ``mma.sp``; or it
+                is ``mma.sp`` and the weight is not 2:4, or ``onednn`` and this machine has none for the weight.
         """
-        target = layout or layouts.native_layout(self.device)
+        target = layout or layouts.native_layout(self.device, self.format, self.in_features)
         if target not in layouts.LAYOUTS:
             raise ValueError(f"layout {target!r} does not exist; the layouts are: {', '.join(layouts.LAYOUTS)}")
+        if target == "onednn" and not prepacks(self.format, self.in_features):
+            got = f"{self.format} with {self.in_features} in_features"
+            raise ValueError(f"layout 'onednn' is for w8a8 of at most 65536 in_features on a CPU with VNNI, got {got}")
         if self.format.sparsity == "2:4":
             moved = layout24.convert(self.tensors, target, self.format, self.out_features, self.in_features)
             return replace(self, weight=moved[0], scale=moved[1], zero_point=moved[2], index=moved[3])

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlinear import cpu
+from qlinear.cpu_layout import prepacks
 from qlinear.format import BLOCK_K, FORMATS, ROUNDED
 from qlinear.packing import PackedWeight
 
@@ -110,6 +111,16 @@ def _rounded_any(
     return y if bias is None else y + bias.to(dtype)
 
 
+def _rounded_cpu(
+    values: Tensor, token_scale: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    fmt = packed.format
+    if fmt.bits != 8 or not fmt.integer_activations:
+        return _rounded_any(values, token_scale, packed, bias, dtype)
+    y = cpu.rounded_matmul(values, token_scale, packed, dtype)
+    return y if bias is None else y + bias.to(dtype)
+
+
 def _rounded_cuda(
     values: Tensor, token_scale: Tensor, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -142,6 +153,9 @@ _library.impl("quantize_activations", _quantize_cuda, "CUDA")
 _library.impl("rms_norm_quantize", _norm_quantize_any, "CompositeExplicitAutograd")
 _library.impl("rms_norm_quantize", _norm_quantize_cuda, "CUDA")
 _library.impl("rounded_linear", _with_schema(_rounded_any), "CompositeExplicitAutograd")
+_library.impl("rounded_linear", _with_schema(_rounded_cpu), "CPU")
+# What a weight in oneDNN's order makes of the call.
+_library.impl("rounded_linear", _with_schema(_rounded_cpu), "MkldnnCPU")
 _library.impl("rounded_linear", _with_schema(_rounded_cuda), "CUDA")
 torch.library.register_fake("qlinear::quantize_activations", _quantize_fake, lib=_library)
 torch.library.register_fake("qlinear::rms_norm_quantize", _norm_quantize_fake, lib=_library)
@@ -159,7 +173,8 @@ def rounded_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tens
 
 def linear_in_parts(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """``torch.ops.qlinear.linear`` for a format with 8-bit activations, in pieces that ``torch.compile`` can fuse."""
-    if x.device.type != "cpu":
+    # Of a weight in oneDNN's order, which a trace does not show, Inductor wants that it is a constant.
+    if x.device.type != "cpu" or prepacks(packed.format, packed.in_features):
         return rounded_linear(x, packed, bias)
     y = cpu.matmul(x.reshape(-1, packed.in_features), packed)
     return (y if bias is None else y + bias.to(x.dtype)).view(*x.shape[:-1], packed.out_features)

@@ -7,6 +7,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import qlinear
+from qlinear import cpu, cpu_layout
 from qlinear.token_ops import linear_in_parts
 
 FORMATS = [fmt for fmt in qlinear.FORMATS.values() if fmt.quantized_activations]
@@ -74,10 +75,16 @@ def converted_siblings():
     return module
 
 
-def test_on_a_cpu_the_compiler_sees_all():
+@pytest.mark.parametrize("prepacked", [False, True])
+def test_on_a_cpu_the_compiler_sees_all_but_a_weight_in_onednn_s_order(prepacked, monkeypatch):
+    if prepacked and not cpu_layout.VNNI:
+        pytest.skip("a CPU without VNNI")
+    monkeypatch.setattr(cpu_layout, "VNNI", prepacked)
+    monkeypatch.setattr(cpu, "_SATURATES", False)
     calls = traced_calls(converted_siblings(), torch.randn(5, 64, dtype=torch.bfloat16))
-    assert calls["aten._int_mm.default"] == 3
-    assert not any(name.startswith("qlinear") for name in calls)
+    assert calls["qlinear.rounded_linear.default" if prepacked else "aten._int_mm.default"] == 3
+    assert calls["aten.round.default"] == 3
+    assert prepacked or not any(name.startswith("qlinear") for name in calls)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
@@ -109,5 +116,5 @@ def test_training_and_export_still_see_one_operator():
     (gradient,) = torch.autograd.grad(compiled(x).sum(), x)
     (expected,) = torch.autograd.grad(layer(x).sum(), x)
     assert same_bits(gradient, expected)
-    exported = torch.export.export(layer, (x.detach(),))
+    exported = torch.export.export(layer.prepare(layout="cpu"), (x.detach(),))
     assert [str(n.target) for n in exported.graph.nodes if "qlinear" in str(n.target)] == ["qlinear.linear.default"]
