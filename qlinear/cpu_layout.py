@@ -33,14 +33,17 @@ Tensors = tuple[Tensor, Tensor, Tensor | None]
 #: Whether oneDNN multiplies int8 by VNNI. On other x86 machines its sums of two products saturate in int16.
 VNNI = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 #: Most columns whose products of uint8 and int8 values (255 * 127) surely fit a sum in int32.
-_PREPACKED_COLUMNS = 1 << 16
+_ONEDNN_COLUMNS = 1 << 16
+#: Fewest weights whose order saves more than oneDNN's operator takes to start (w8a8 on an AMD EPYC, us in this layout
+#: and in the other: 1536 x 576, 1 and 16 tokens, 275 and 209, 289 and 287; 2048 x 2048 423 and 425, 701 and 1155).
+_ONEDNN_WEIGHTS = 1 << 22
 #: Group sizes of the packed int4 operator.
 _OPERATOR_GROUPS = (256, 128, 64, 32)
 
 
-def prepacks(fmt: Format, columns: int) -> bool:
-    """Whether this machine has the ``onednn`` layout for a weight with so many columns."""
-    return VNNI and fmt.bits == 8 and fmt.integer_activations and columns <= _PREPACKED_COLUMNS
+def prepacks(fmt: Format, n: int, k: int) -> bool:
+    """Whether this machine has the ``onednn`` layout for a weight ``[n, k]``."""
+    return VNNI and fmt.bits == 8 and fmt.integer_activations and n * k >= _ONEDNN_WEIGHTS and k <= _ONEDNN_COLUMNS
 
 
 def from_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:

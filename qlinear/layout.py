@@ -47,9 +47,9 @@ def layout_of(weight: Tensor) -> str:
     return "triton" if weight.dim() > 2 else "cpu"
 
 
-def native_layout(device: torch.device, fmt: Format | None = None, columns: int = 0) -> str:
-    """The layout the matmul of this device reads fastest, of a format and a number of in_features."""
-    if device.type == "cpu" and fmt is not None and cpu_layout.prepacks(fmt, columns):
+def native_layout(device: torch.device, fmt: Format | None = None, n: int = 0, k: int = 0) -> str:
+    """The layout the matmul of this device reads fastest: of a weight ``[n, k]`` in a format."""
+    if device.type == "cpu" and fmt is not None and cpu_layout.prepacks(fmt, n, k):
         return "onednn"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "plain"

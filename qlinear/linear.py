@@ -72,8 +72,7 @@ class QLinear(nn.Module):
         self.register_buffer("weight_scale", _empty(scale, fmt.scale_dtype(compute_dtype or dtype), device))
         self.register_buffer("weight_zero_point", None if zero is None else _empty(zero, torch.int32, device))
         self.register_buffer("weight_index", None if index is None else _empty(index, torch.int32, device).zero_())
-        # No buffers: they are made anew from the codes wherever the layer goes. An opaque tensor has no storage, where
-        # FSDP and accelerate look for one and `zero_` writes past the end.
+        # No buffers: made anew wherever the layer goes. FSDP fails on an opaque tensor, `zero_` writes past its end.
         self.weight_dense = self.weight_opaque = None
         self.dense_dtype: torch.dtype | None = None
         self.bias = nn.Parameter(_empty((out_features,), dtype, device)) if bias else None

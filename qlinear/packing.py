@@ -27,8 +27,8 @@ class PackedWeight:
     - ``plain``: ``weight`` int32 ``[N, ceil(K*bits/32)]``, ``scale`` ``[N, G]``, ``zero_point`` int32
       ``[ceil(N*bits/32), G]`` packed along N, or None where symmetric. This is what a checkpoint holds.
     - ``triton``: what the GPU kernels read.
-    - ``cpu``: what PyTorch's packed CPU operators read. ``onednn``: for w8a8 what oneDNN reads, a tensor without a
-      storage, which cannot be shared between processes or written by ``torch.export.save``.
+    - ``cpu``: what PyTorch's packed CPU operators read. ``onednn``: for large w8a8 what oneDNN reads, a tensor
+      without a storage, which cannot be shared between processes or written by ``torch.export.save``.
 
     A sparse format stores the kept weights only, and ``index`` says where they belong: see :mod:`qlinear.sparse`.
     Blocks and 2:4 weights have GPU layouts of their own, blocks one for the CPU too; everything else sparse is plain.
@@ -90,14 +90,15 @@ class PackedWeight:
             ValueError: the layout's name is not one of ``plain``, ``triton``, ``cpu``, ``onednn``, ``mma.sp``; or it
                 is ``mma.sp`` and the weight is not 2:4, or ``onednn`` and this machine has none for the weight.
         """
-        target = layout or layouts.native_layout(self.device, self.format, self.in_features)
+        shape = self.out_features, self.in_features
+        target = layout or layouts.native_layout(self.device, self.format, *shape)
         if target not in layouts.LAYOUTS:
             raise ValueError(f"layout {target!r} does not exist; the layouts are: {', '.join(layouts.LAYOUTS)}")
-        if target == "onednn" and not prepacks(self.format, self.in_features):
-            got = f"{self.format} with {self.in_features} in_features"
-            raise ValueError(f"layout 'onednn' is for w8a8 of at most 65536 in_features on a CPU with VNNI, got {got}")
+        if target == "onednn" and not prepacks(self.format, *shape):
+            wanted = "w8a8 from 2048 x 2048 on, of at most 65536 in_features, on a CPU with VNNI"
+            raise ValueError(f"layout 'onednn' is for {wanted}, got {self.format} {shape[0]} x {shape[1]}")
         if self.format.sparsity == "2:4":
-            moved = layout24.convert(self.tensors, target, self.format, self.out_features, self.in_features)
+            moved = layout24.convert(self.tensors, target, self.format, *shape)
             return replace(self, weight=moved[0], scale=moved[1], zero_point=moved[2], index=moved[3])
         if target == "mma.sp":
             raise ValueError(f"layout 'mma.sp' is for 2:4 weights, got {self.format}")
@@ -106,7 +107,7 @@ class PackedWeight:
             weight, scale, index = sparse_layout.convert(tensors, target, self.format, self.out_features)
             return replace(self, weight=weight, scale=scale, index=index)
         dense = (self.weight, self.scale, self.zero_point)
-        dense = layouts.convert(dense, self.layout, target, self.format, self.out_features, self.in_features)
+        dense = layouts.convert(dense, self.layout, target, self.format, *shape)
         return replace(self, weight=dense[0], scale=dense[1], zero_point=dense[2])
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

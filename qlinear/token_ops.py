@@ -174,7 +174,7 @@ def rounded_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tens
 def linear_in_parts(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """``torch.ops.qlinear.linear`` for a format with 8-bit activations, in pieces that ``torch.compile`` can fuse."""
     # Of a weight in oneDNN's order, which a trace does not show, Inductor wants that it is a constant.
-    if x.device.type != "cpu" or prepacks(packed.format, packed.in_features):
+    if x.device.type != "cpu" or prepacks(packed.format, packed.out_features, packed.in_features):
         return rounded_linear(x, packed, bias)
     y = cpu.matmul(x.reshape(-1, packed.in_features), packed)
     return (y if bias is None else y + bias.to(x.dtype)).view(*x.shape[:-1], packed.out_features)

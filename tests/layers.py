@@ -26,7 +26,7 @@ def layer(scheme="w4a16", **kwargs):
 def native(scheme):
     """What the CPU computes with: 2:4 and unstructured weights are plain there, w8a8 is in oneDNN's order with VNNI."""
     fmt = qlinear.FORMATS[scheme]
-    return "plain" if fmt.sparsity in ("2:4", "unstructured") else native_layout(torch.device("cpu"), fmt, K)
+    return "plain" if fmt.sparsity in ("2:4", "unstructured") else native_layout(torch.device("cpu"), fmt, N, K)
 
 
 def plain_bits(q):

@@ -92,7 +92,7 @@ def test_what_cannot_be_made_raises():
 def test_extra_repr_tells_the_truth(scheme):
     q = layer(scheme, bias=False)
     for _ in range(2):
-        buffers = sum(b.nbytes for b in (*q.buffers(), q.weight_opaque) if b is not None)
+        buffers = sum(b.nbytes for b in q.buffers())
         expected = f"in_features=200, out_features=70, bias=False, scheme={scheme}, layout={q.layout}, bytes={buffers}"
         assert repr(q) == f"QLinear({expected})"
         q.unprepare()

@@ -21,6 +21,12 @@ CPU = torch.device("cpu")
 needs_vnni = pytest.mark.skipif(not cpu_layout.VNNI, reason="a CPU without VNNI")
 
 
+@pytest.fixture(autouse=True)
+def small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small layers stay in the ``cpu`` layout, because they are faster there."""
+    monkeypatch.setattr(cpu_layout, "_ONEDNN_WEIGHTS", 0)
+
+
 def layer(n: int = 64, k: int = 96) -> qlinear.QLinear:
     torch.manual_seed(0)
     return qlinear.QLinear.from_float(nn.Linear(k, n).bfloat16(), "w8a8")
@@ -55,7 +61,7 @@ def test_sums_at_the_end_of_what_fits() -> None:
     packed = qlinear.pack(weight, "w8a8", layout="plain")
     y = cpu.matmul(torch.ones(3, columns), packed.to_layout("onednn"))
     assert torch.allclose(y, torch.tensor([columns, -columns]).float().expand(3, 2), rtol=1e-2)
-    assert native_layout(CPU, W8A8, columns) == "onednn" and native_layout(CPU, W8A8, columns + 1) == "cpu"
+    assert native_layout(CPU, W8A8, 2, columns) == "onednn" and native_layout(CPU, W8A8, 2, columns + 1) == "cpu"
 
 
 @needs_vnni
@@ -144,9 +150,16 @@ def test_in_the_cpu_layout_it_can_be_exported_traced_and_shared(tmp_path: Path) 
 def test_other_weights_have_no_such_layout() -> None:
     for scheme in ("w8a16", "w4a8", "fp8", "w4a16-2:4", "w8a16-block64"):
         packed = random_packed(qlinear.FORMATS[scheme], 64, 128)
-        with pytest.raises(ValueError, match=f"'onednn' is for w8a8 .* got {scheme} with 128 in_features"):
+        with pytest.raises(ValueError, match=f"'onednn' is for w8a8 .* got {scheme} 64 x 128"):
             packed.to_layout("onednn")
         assert packed.to_layout().layout != "onednn"
+
+
+@needs_vnni
+def test_it_is_for_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert native_layout(CPU, W8A8, 2048, 2048) == "onednn" and native_layout(CPU, W8A8, 2048, 2047) == "cpu"
+    assert layer().layout == "cpu"
 
 
 def test_a_machine_without_it_has_the_cpu_layout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ def test_compile_with_inductor():
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("scheme", ["w4a16-asym", "w8a8"])
 def test_export_holds_one_call_a_layer(scheme, strict):
-    model = qlinear.prepare(small_model(scheme), layout="cpu")
+    model = small_model(scheme)
     x = torch.randn(4, K, dtype=torch.bfloat16)
     with torch.no_grad():
         program = torch.export.export(model, (x,), strict=strict, dynamic_shapes=({0: torch.export.Dim("m", min=2)},))
@@ -265,7 +265,7 @@ class Recorded(TorchDispatchMode):
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 def test_whoever_watches_sees_one_operator():
     """Eager calls go past the dispatcher; a dispatch mode and a trace get ``qlinear::linear``, same bits."""
-    layer = small_model("w8a8")[0].prepare(layout="cpu")
+    layer = small_model("w8a8")[0]
     x = torch.randn(1, K, dtype=torch.bfloat16)
     with torch.no_grad():
         expected = layer(x)
