@@ -34,8 +34,8 @@ W8A8_TOKENS = 2
 #: Whether ``_int_mm`` is wrong here: 30.016 for a sum of 256 ones and minus ones that is 32.
 _SATURATES = not VNNI and platform.machine() in ("x86_64", "AMD64")
 #: Most tokens the packed operators are given where a 16-bit copy of the weight is kept: where their times and those of
-#: `F.linear` cross on a line from 1 to 16 tokens (4096 x 4096 in `bench/results/cpu-matmul.json`: 5 for int8, 6 for
-#: int4).
+#: `F.linear` cross on a line from 1 to 16 tokens (4096 x 4096 in `bench/results/sapphire-rapids-matmul.json`: 5 for
+#: int8, 6 for int4).
 KEPT_TOKENS = 5
 #: Most columns whose products of int8 values (127 * 127) surely fit a sum in int32.
 _INT32_COLUMNS = 1 << 17
