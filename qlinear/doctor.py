@@ -22,6 +22,8 @@ _PACKAGES = ("qlinear", "torch", "triton", "numpy", "safetensors", "transformers
 
 #: in_features and out_features of the layer whose paths are told; ``inspect`` tells them for a model's own.
 _LAYER = (4096, 4096)
+#: Rows and columns of the weights that are checked, and of those whose layout is for large ones only.
+_SMALL, _LARGE = (192, 576), (2048, 2048)
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,11 @@ def tuned_tables() -> list[str]:
 
 
 def _check(fmt: Format, device: str, dtype: torch.dtype) -> Check:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(192, 576, generator=generator).to(dtype)
-    x = torch.randn(3, 576, generator=generator).to(dtype)
+    generator, there = torch.Generator().manual_seed(0), torch.device(device)
+    alike = native_layout(there, fmt, *_SMALL) == native_layout(there, fmt, *_LAYER)
+    rows, columns = _SMALL if alike else _LARGE
+    weight = torch.randn(rows, columns, generator=generator).to(dtype)
+    x = torch.randn(3, columns, generator=generator).to(dtype)
     packed = pack(weight.to(device), fmt.name, prune="magnitude")
     y = torch.ops.qlinear.linear(
         x.to(device),

@@ -12,7 +12,7 @@ from models import random_packed, relative_error, same_bits
 from torch import nn
 
 import qlinear
-from qlinear import cpu, cpu_layout, ops, reference
+from qlinear import cpu, cpu_layout, doctor, ops, reference
 from qlinear.layout import native_layout
 
 W8A8 = qlinear.FORMATS["w8a8"]
@@ -89,6 +89,15 @@ def test_the_named_operator_is_the_one_that_runs(tokens: int) -> None:
     ran = {event.name for event in profile.events()}
     assert name in ran and "aten::_int_mm" not in ran
     assert name in str(qlinear.inspect(nn.Sequential(q)))
+
+
+@needs_vnni
+def test_doctor_checks_and_tells_what_a_large_layer_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        check = doctor._check(W8A8, "cpu", torch.bfloat16)
+    assert check.paths == {1: cpu.PREPACKED} and check.ok
+    assert cpu.PREPACKED in {event.name for event in profile.events()}
 
 
 @needs_vnni
