@@ -164,25 +164,24 @@ def _round_activations(x: Tensor, number: str = "int") -> tuple[Tensor, Tensor]:
 
 def rounded_matmul(values: Tensor, token_scale: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The product of int8 values ``[M, K]`` (int8, or held in floats) with int8 weights: ``[M, N]`` in ``dtype``."""
-    scale = packed.scale.view(-1)
-    if packed.layout == "onednn":
-        # Fast with uint8 only: int8 takes 190 ms for a token by 4096 x 4096.
-        unsigned = (values + 128).to(torch.uint8) if values.is_floating_point() else values.view(torch.uint8) ^ 128
-        return _prepacked_product(unsigned, packed.weight, scale.float()).mul_(token_scale).to(dtype)
     if _SATURATES:
         wide = values.float()
         y = _tiled_matmul(wide, packed.weight, packed.scale, None, packed.format, packed.out_features)
         return y.mul_(token_scale).to(dtype)
+    values, scale = values.to(torch.int8, memory_format=torch.contiguous_format), packed.scale.view(-1)
+    if packed.layout == "onednn":
+        return _prepacked_product(values, packed.weight, scale.float()).mul_(token_scale).to(dtype)
     # An int32 tensor times a float32 one is float32, and so it stays when 16-bit scales come in.
-    values = values.to(torch.int8, memory_format=torch.contiguous_format)
     return _int_product(values, packed.to_layout("cpu").weight).mul(token_scale).mul_(scale).to(dtype)
 
 
 def _prepacked_product(values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """uint8 ``[M, K]``, of which 128 is taken away, by ``[N, K]`` in oneDNN's order and the scales ``[N]``: float32."""
+    """int8 ``[M, K]`` by ``[N, K]`` in oneDNN's order and the scales ``[N]``: float32."""
     one = len(values) == 1
+    # Fast with uint8 of which 128 is taken away: int8 takes 190 ms for a token by 4096 x 4096.
+    unsigned = values.view(torch.uint8) ^ 128
     # Kernels for few rows are slower than that for four (4096 x 4096 on an AMD EPYC: one 827 us, four 699).
-    rows = values.expand(4, -1) if one else values
+    rows = unsigned.expand(4, -1) if one else unsigned
     # Looked up here: not every build of PyTorch has oneDNN.
     product = torch.ops.onednn.qlinear_pointwise.default
     y: Tensor = product(rows, 1.0, 128, weight, scale, _NO_ZERO, None, 1.0, 0, torch.float32, "none", [], "")

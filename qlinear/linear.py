@@ -147,8 +147,7 @@ class QLinear(nn.Module):
     def _product(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         if dtype is not None and x.dtype != dtype:
             x = x.to(dtype)
-        exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if exported and self.weight_opaque is not None:
+        if self.weight_opaque is not None and (torch.compiler.is_exporting() or torch._C._get_tracing_state()):
             raise ValueError("the layout 'onednn' cannot be exported: call qlinear.prepare(model, layout='cpu') first")
         return ops.linear(x, self.packed, self.bias, self.weight_dense)
 
