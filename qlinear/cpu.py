@@ -20,8 +20,8 @@ from qlinear.cpu_layout import VNNI, int4_tiles, zero_points
 from qlinear.format import ROUNDED, Format
 from qlinear.packing import PackedWeight, expand_groups, scaled, signed
 
-_int4_mm: Callable[..., Tensor] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-_int8_mm: Callable[..., Tensor] = torch.ops.aten._weight_int8pack_mm.default
+_int4_mm: Callable[..., Tensor] = torch._weight_int4pack_mm_for_cpu
+_int8_mm: Callable[..., Tensor] = torch._weight_int8pack_mm
 
 #: The operator of int8 weights in oneDNN's order.
 PREPACKED = "onednn::qlinear_pointwise"
@@ -56,7 +56,7 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", colu
     ``columns`` is the layer's in_features; only w8a8 asks for it.
     """
     if fmt.sparsity:
-        return cpu_sparse.path(fmt)
+        return cpu_sparse.path(fmt, dtype, tokens, layout)
     if fmt.number == "e4m3":
         rounded = "activations rounded to e4m3 per token; " if fmt.quantized_activations else ""
         return "dequantize + F.linear", f"{rounded}no CPU operator for e4m3: saves memory, not time"

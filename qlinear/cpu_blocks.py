@@ -1,6 +1,8 @@
 """The product of a block-sparse weight on a CPU, in the ``cpu`` layout of :mod:`qlinear.sparse_layout`.
 
-Blocks are one batch of products with the columns of the tokens that they need, and a bag of embeddings adds what
+Few tokens in bfloat16 are multiplied by a row of int4 blocks at a time, which PyTorch's int4 operator takes for a
+weight of the columns that these blocks have (:func:`by_rows`). Everywhere else
+blocks are one batch of products with the columns of the tokens that they need, and a bag of embeddings adds what
 belongs to a row of blocks: it reads 16-bit numbers and sums them in float32. One token does not need the products: its
 numbers are the weights of a bag, of which the columns of the blocks are the embeddings. In bfloat16 the product of
 each block is rounded before they are added: where blocks take back what others give, that shows (tokens around 10 with
@@ -9,17 +11,25 @@ a deviation of 1, rows of weights that sum to 0: a relative error of 1.6e-2 wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qlinear.cpu_layout import pairs_halves
 from qlinear.format import Format
 from qlinear.packing import PackedWeight
 from qlinear.sparse_layout import per_channel
 
+_int4_mm: Callable[..., Tensor] = torch._weight_int4pack_mm_for_cpu
+
+#: Most tokens that are multiplied by a row of int4 blocks at a time (4096 x 4096, a fifth of the blocks, on two cores
+#: of an AMD EPYC, us so and by all blocks at once: one token 640 and 1330, 8 1440 and 1750, 16 2090 and 2140, 32 2850
+#: and 2460).
+ROW_TOKENS = 16
 # Measured on two cores of Sapphire Rapids with 4096 x 4096 in bfloat16 and a fifth of the blocks, in us.
 #: Tokens that are multiplied at once: what is copied for them stays in the cache (128 tokens in 16 bit: 8520 by 32,
 #: 5950 by 64, and by 128 no less).
@@ -48,30 +58,68 @@ class _Scratch:
         return held if held.shape == shape else held.view(-1)[: prod(shape)].view(shape)
 
 
+def by_rows(fmt: Format, dtype: torch.dtype, scales: torch.dtype, tokens: int) -> bool:
+    """Whether tokens are multiplied by a row of blocks at a time, with scales of the dtype ``scales``."""
+    few = fmt.bits == 4 and tokens <= ROW_TOKENS
+    return few and dtype == scales == torch.bfloat16 and pairs_halves()
+
+
 def matmul(x: Tensor, packed: PackedWeight, size: int) -> Tensor:
     """``x @ W.T`` for x ``[M, K]`` and a weight of blocks ``size`` in the ``cpu`` layout: ``[M, N]`` in x's dtype."""
-    fmt, n, rows = packed.format, packed.out_features, -(-packed.out_features // size)
-    assert packed.index is not None
+    fmt, n = packed.format, packed.out_features
+    if by_rows(fmt, x.dtype, packed.scale.dtype, len(x)):
+        return _matmul_by_rows(x, packed, size)
     one_by_one = len(x) <= _ONE_BY_ONE
     # float16 cannot hold sums of codes that are not scaled, nor those of one block where others take them back; and
     # PyTorch multiplies float32 faster.
     held = x.dtype != torch.float16 or (one_by_one and fmt.number == "float")
     dtype = x.dtype if held else torch.float32
+    out = _matmul_at_once(x, packed, size, dtype, one_by_one).flatten(1)[:, :n]
+    return (out.mul_(packed.scale.view(-1)) if per_channel(fmt) else out).contiguous().to(x.dtype)
+
+
+def _matmul_by_rows(x: Tensor, packed: PackedWeight, size: int) -> Tensor:
+    """By int4 blocks, in bfloat16: the operator sums a row of blocks in float32."""
+    rows, index = -(-packed.out_features // size), packed.index
+    assert index is not None
+    starts = index[: rows + 1].tolist()
+    counts = [last - first for first, last in pairwise(starts)]
+    tokens = _in_blocks(x, size).index_select(1, index[rows + 1 :]).flatten(1)
+    parts = tokens.split([count * size for count in counts], 1)
+    blocks = packed.weight.view(-1, size // 2).split([count * size for count in counts])
+    # The operator reads pairs of a scale and what it adds: a 16-bit number and zeros as one of 32 bits.
+    pairs = packed.scale.view(torch.uint16).to(torch.int32).view(torch.bfloat16).view(-1, size, 2)
+    none = x.new_zeros(len(x), size)
+    products = [
+        _int4_mm(part.contiguous(), held.view(size, -1), size, scale) if len(scale) else none
+        for part, held, scale in zip(parts, blocks, pairs.split(counts), strict=True)
+    ]
+    return torch.cat(products, 1)[:, : packed.out_features].contiguous()
+
+
+def _matmul_at_once(x: Tensor, packed: PackedWeight, size: int, dtype: torch.dtype, one_by_one: bool) -> Tensor:
+    """By all blocks of a slice: ``[M, rows of blocks, size]`` in ``dtype``, without the scales of channels."""
+    fmt, rows, index = packed.format, -(-packed.out_features // size), packed.index
+    assert index is not None
     out = x.new_empty(len(x), rows, size, dtype=dtype)
+    x = x * (1 / 16) if fmt.bits == 4 else x
     parts = [
-        (_token_blocks(part.to(dtype), fmt, size), y)
+        (_in_blocks(part.to(dtype), size).transpose(0, 1).contiguous(), y)
         for part, y in zip(x.split(_TOKENS), out.split(_TOKENS), strict=True)
     ]
-    columns, scratch = packed.index[rows + 1 :], _Scratch()
+    columns, scratch = index[rows + 1 :], _Scratch()
     for first, last, blocks in _slices(packed, rows):
-        values, scale = _decode(packed, blocks, size, dtype, len(x) <= _LATE_TOKENS, scratch)
-        bags = packed.index[first:last]
+        planes = _decode(packed, blocks, size, dtype, len(x) <= _LATE_TOKENS, scratch)
+        bags = index[first:last]
         bags = bags - blocks.start if blocks.start else bags
         for tokens, y in parts:
-            sums = _row_sums(values, scale, tokens, columns[blocks], bags, scratch, one_by_one)
-            y[:, first:last] = sums.transpose(0, 1)
-    out = out.flatten(1)[:, :n]
-    return (out.mul_(packed.scale.view(-1)) if per_channel(fmt) else out).contiguous().to(x.dtype)
+            gathered = scratch.take("tokens", dtype, len(columns[blocks]), *tokens.shape[1:])
+            torch.index_select(tokens, 0, columns[blocks], out=gathered)
+            sums = [_row_sums(values, scale, gathered, bags, scratch, one_by_one) for values, scale in planes]
+            width = size // len(planes)
+            for plane, part in zip(y[:, first:last].split(width, 2), sums, strict=True):
+                plane.copy_(part.transpose(0, 1))
+    return out
 
 
 def _slices(packed: PackedWeight, rows: int) -> Iterator[tuple[int, int, slice]]:
@@ -89,51 +137,59 @@ def _slices(packed: PackedWeight, rows: int) -> Iterator[tuple[int, int, slice]]
 
 def _decode(
     packed: PackedWeight, blocks: slice, size: int, dtype: torch.dtype, late: bool, scratch: _Scratch
-) -> tuple[Tensor, Tensor | None]:
-    """Some blocks transposed ``[blocks, size, size]`` in ``dtype``, and what their products are to be multiplied by."""
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Some blocks, and what their products are to be multiplied by.
+
+    Blocks are transposed, ``[blocks, size, rows]`` in ``dtype``: all rows, or a half of them and then the other.
+    """
     held, fmt = packed.weight[blocks], packed.format
     if fmt.number == "float":
         held = held.view(packed.scale.dtype)
-    if fmt.bits == 4:
-        held = _sixteenfold(held, scratch.take("codes", torch.int8, len(held), 2 * held.shape[1]))
-    values = held.view(-1, size, size)
+    held = _sixteenfold(held, scratch) if fmt.bits == 4 else held.unsqueeze(0)
+    values = held.view(*held.shape[:2], size, held.shape[2] // size)
     if values.dtype != dtype:
         values = scratch.take("values", dtype, *values.shape).copy_(values)
     if fmt.group_size is None:
-        return values, None
-    scale = packed.scale[blocks].to(dtype).unsqueeze(1)
-    return (values, scale) if late else (values.mul_(scale), None)
+        return [(plane, None) for plane in values]
+    scales = packed.scale[blocks].to(dtype).unflatten(1, (len(values), 1, -1)).transpose(0, 1)
+    if late:
+        return list(zip(values, scales, strict=True))
+    return [(plane, None) for plane in values.mul_(scales)]
 
 
-def _sixteenfold(packed: Tensor, out: Tensor) -> Tensor:
-    """The values of nibbles times 16: one operator each, where the values themselves take three for two."""
-    low, high = out.chunk(2, dim=1)
-    signed = packed.view(torch.int8)
+def _sixteenfold(packed: Tensor, scratch: _Scratch) -> Tensor:
+    """Nibbles as int8, 16 times ``code - 8``: first the low ones and then the high ones ``[2, ...]``.
+
+    Sixteen times the value is one operator for each, the value itself would be three for both.
+    """
+    # The codes' offset is their highest bit: without it they are signed.
+    signed = torch.bitwise_xor(packed, 0x88, out=scratch.take("signed", torch.uint8, *packed.shape)).view(torch.int8)
+    low, high = codes = scratch.take("codes", torch.int8, 2, *packed.shape)
     torch.mul(signed, 16, out=low)
     torch.bitwise_and(signed, -16, out=high)
-    return out
+    return codes
 
 
 def _row_sums(
-    values: Tensor, scale: Tensor | None, tokens: Tensor, columns: Tensor, bags: Tensor, scratch: _Scratch,
-    one_by_one: bool,
-) -> Tensor:  # fmt: skip
-    """The products of every row of blocks with the tokens ``[K/size, M, size]``: ``[rows, M, size]``."""
-    blocks, size, _ = values.shape
+    values: Tensor, scale: Tensor | None, tokens: Tensor, bags: Tensor, scratch: _Scratch, one_by_one: bool
+) -> Tensor:
+    """Sums over every row of blocks of ``values`` ``[blocks, size, width]`` by ``tokens`` ``[blocks, M, size]``.
+
+    Returns ``[rows of blocks, M, width]``.
+    """
+    blocks, size, width = values.shape
     count = tokens.shape[1]
-    gathered = scratch.take("tokens", tokens.dtype, blocks, count, size)
-    torch.index_select(tokens, 0, columns, out=gathered)
     if one_by_one:
         each = bags * size if scale is None else torch.arange(0, blocks * size, size, dtype=bags.dtype)
-        table = values.view(-1, size)
-        product = torch.stack([_sum_bags(table, each, token.reshape(-1)) for token in gathered.unbind(1)], dim=1)
+        table = values.view(-1, width)
+        product = torch.stack([_sum_bags(table, each, token.reshape(-1)) for token in tokens.unbind(1)], dim=1)
         if scale is None:
             return product
     else:
-        product = torch.bmm(gathered, values, out=scratch.take("product", tokens.dtype, blocks, count, size))
+        product = torch.bmm(tokens, values, out=scratch.take("product", tokens.dtype, blocks, count, width))
     if scale is not None:
         product.mul_(scale)
-    return _sum_bags(product.view(blocks, count * size), bags).view(-1, count, size)
+    return _sum_bags(product.view(blocks, count * width), bags).view(-1, count, width)
 
 
 def _sum_bags(table: Tensor, bags: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -142,9 +198,7 @@ def _sum_bags(table: Tensor, bags: Tensor, weights: Tensor | None = None) -> Ten
     return F.embedding_bag(every, table, bags, mode="sum", per_sample_weights=weights)
 
 
-def _token_blocks(x: Tensor, fmt: Format, size: int) -> Tensor:
-    """x ``[M, K]`` as ``[K/size, M, size]``, divided by what weights are multiplied with."""
+def _in_blocks(x: Tensor, size: int) -> Tensor:
+    """x ``[M, K]`` as ``[M, K/size, size]``, with zeros for columns that are missing."""
     spare = -x.shape[1] % size
-    x = x * (1 / 16) if fmt.bits == 4 else x
-    blocks = (F.pad(x, (0, spare)) if spare else x).reshape(x.shape[0], -1, size)
-    return blocks.transpose(0, 1).contiguous()
+    return (F.pad(x, (0, spare)) if spare else x).reshape(x.shape[0], -1, size)

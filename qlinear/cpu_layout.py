@@ -143,6 +143,12 @@ def _signed_nibbles(packed: Tensor) -> Tensor:
 
 
 @functools.cache
+def pairs_halves() -> bool:
+    """Whether the int4 operator keeps rows ``i`` and ``i + 32`` of 64 in byte ``i``, as it does with AVX-512."""
+    return torch.equal(_block_order(64), torch.arange(64).view(2, 32).t().flatten())
+
+
+@functools.cache
 def _block_order(rows: int) -> Tensor:
     """Packs a probe whose codes spell the row number, a hexadecimal digit at a time, and reads its first column."""
     number = torch.arange(rows, dtype=torch.int32)

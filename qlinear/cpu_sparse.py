@@ -6,6 +6,7 @@ layout: tiles of rows are made dense and multiplied, which saves memory and not 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,10 +19,12 @@ from qlinear.packing import PackedWeight, dequantize_codes
 _TILE_WEIGHTS = 1 << 20
 
 
-def path(fmt: Format) -> tuple[str, str]:
-    """How a product is computed, and why."""
+def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str) -> tuple[str, str]:
+    """How a product of ``tokens`` rows is computed, and why."""
     if fmt.block is None:
         return "expand + F.linear", "no CPU operator for this pattern: saves memory, not time"
+    if layout == "cpu" and cpu_blocks.by_rows(fmt, dtype, dtype, tokens):
+        return "aten::_weight_int4pack_mm_for_cpu", f"a row of blocks at a time; up to {cpu_blocks.ROW_TOKENS} tokens"
     return "stored blocks", "only blocks that are stored are multiplied"
 
 

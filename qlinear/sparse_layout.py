@@ -11,8 +11,9 @@
 ``cpu`` is what :mod:`qlinear.cpu_blocks` reads: the blocks of the plain layout, in its order and with its index and
 scales, but transposed, so that the weights of one column follow each other:
 
-- weight: ``[B, 4096]`` int16 (the bits of the floats) or int8 (values), ``[B, 2048]`` uint8 for int4: the values
-  (signed) of columns 0 to 31 are the low nibbles, those of columns 32 to 63 the high ones.
+- weight: ``[B, 4096]`` int16 (the bits of the floats) or int8 (values). For int4 ``[B, 2048]`` uint8: byte ``i`` of the
+  32 of a column has the code of row ``i`` as low nibble, that of row ``i + 32`` as high one. So
+  ``aten::_weight_int4pack_mm_for_cpu`` has them where it computes with AVX-512.
 """
 
 from __future__ import annotations
@@ -67,14 +68,13 @@ def _from_triton(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
 
 def _to_cpu(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
     weight, scale, index = tensors
-    codes = unpack_bits(weight, fmt.bits, size).transpose(1, 2).flatten(1)
+    codes = unpack_bits(weight, fmt.bits, size).transpose(1, 2)
     if fmt.bits == 16:
-        return codes, scale, index
-    values = codes ^ fmt.offset
+        return codes.flatten(1), scale, index
     if fmt.bits == 8:
-        return values.view(torch.int8), scale, index
-    low, high = values.chunk(2, dim=1)
-    return low | (high << 4), scale, index
+        return (codes ^ fmt.offset).flatten(1).view(torch.int8), scale, index
+    low, high = codes.chunk(2, dim=2)
+    return (low | (high << 4)).flatten(1), scale, index
 
 
 def _from_cpu(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
@@ -84,5 +84,6 @@ def _from_cpu(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
     elif fmt.bits == 8:
         codes = weight.view(torch.uint8) ^ fmt.offset
     else:
-        codes = torch.cat((weight & 15, weight >> 4), dim=1) ^ fmt.offset
+        packed = weight.view(-1, size, size // 2)
+        codes = torch.cat((packed & 15, packed >> 4), dim=2)
     return pack_bits(codes.view(-1, size, size).transpose(1, 2), fmt.bits), scale, index

@@ -12,7 +12,7 @@ from models import random_packed, same_bits
 from torch import nn
 
 import qlinear
-from qlinear import cpu_blocks, cpu_sparse, reference, sparse
+from qlinear import reference, sparse
 from qlinear.bits import unpack_bits
 from qlinear.format import FORMATS
 from qlinear.kernels.blocks import block_linear_tensors, choose_block_config
@@ -190,36 +190,6 @@ def test_an_index_that_contradicts_the_weight_is_refused_and_changes_nothing(sch
     assert all(same_bits(t, before[name]) for name, t in model.state_dict().items())
 
 
-def rows_of_blocks(counts, size=64, columns=11):
-    """A weight whose rows of blocks have so many blocks, the last row and column of blocks cut short."""
-    weight = torch.randn(len(counts) * size - 20, columns * size - 30, generator=torch.Generator().manual_seed(4))
-    kept = torch.zeros(len(counts), columns, dtype=torch.bool)
-    for row, count in zip(kept, counts, strict=True):
-        row[torch.randperm(columns, generator=torch.Generator().manual_seed(count))[:count]] = True
-    return weight * kept.repeat_interleave(size, 0).repeat_interleave(size, 1)[: len(weight), : weight.shape[1]]
-
-
-@every_block
-@pytest.mark.parametrize("counts", [(0,), (3, 0, 4, 11, 1), (4, 8), (11, 11, 11, 10), (0, 0, 9, 0)], ids=str)
-@pytest.mark.parametrize("most", [8, 1024])
-def test_blocks_on_a_cpu(fmt, counts, most, monkeypatch):
-    """However many blocks a row or a slice has: the layout loses nothing, takes no more, and gives the product."""
-    monkeypatch.setattr(cpu_blocks, "_SLICE", most)
-    for dtype in DTYPES:
-        plain = qlinear.pack(rows_of_blocks(counts).to(dtype), fmt.name, layout="plain")
-        packed = plain.to_layout("cpu")
-        assert packed.layout == "cpu" and same_weight(packed.to_layout("plain"), plain)
-        assert packed.weight.nbytes == plain.weight.nbytes and torch.equal(packed.index, plain.index)
-        for tokens in (1, 2, 5, 130):
-            # Large numbers: float16 holds the products of scaled weights only.
-            x = (30 * torch.randn(tokens, plain.in_features)).to(dtype)
-            y = cpu_sparse.matmul(x, packed)
-            assert y.dtype == dtype and y.shape == (tokens, plain.out_features)
-            assert not any(counts) or error(y, reference.matmul(x, plain)) <= fmt.max_error(dtype)
-            for row, count in enumerate(counts):
-                assert count or not y[:, 64 * row : 64 * row + 64].any()
-
-
 # --- the block-sparse kernel
 
 
@@ -288,19 +258,3 @@ def test_configurations(fmt):
             config = choose_block_config(m, n, blocks, fmt, torch.bfloat16, (9, 0), 132)
             assert config.block_n == 64 and 1 <= config.split_k <= max(1, blocks // 4)
     assert choose_block_config(1, 4096, 2048, fmt, torch.bfloat16, (9, 0), 132).split_k > 1
-
-
-@every_block
-def test_blocks_that_take_each_other_back_do_not_overflow(fmt):
-    weight = torch.zeros(64, 256).half()
-    weight[:, :64], weight[:, 64:128] = 8, -8
-    packed = qlinear.pack(weight, fmt.name, layout="cpu")
-    for tokens in (1, 2, 4):
-        assert not cpu_sparse.matmul(torch.full((tokens, 256), 200.0).half(), packed).any()
-
-
-@every_block
-def test_a_token_s_bits_do_not_depend_on_its_place(fmt):
-    packed = qlinear.pack(rows_of_blocks((3, 0, 11)).bfloat16(), fmt.name, layout="cpu")
-    y = cpu_sparse.matmul(torch.randn(1, packed.in_features).bfloat16().expand(65, -1), packed)
-    assert (y == y[0]).all()
