@@ -121,9 +121,12 @@ class QLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weight's tensors as they are now (a view, no copy)."""
-        weight = self.weight_packed if self.weight_opaque is None else self.weight_opaque
-        shape = self.out_features, self.in_features
-        return PackedWeight(weight, self.weight_scale, self.weight_zero_point, self.format, *shape, self.weight_index)
+        # Not by attributes: nn.Module looks in three places for each, a tenth of the time of a small layer on a CPU.
+        own, weight = self._buffers, self.weight_opaque
+        weight, scale = own["weight_packed"] if weight is None else weight, own["weight_scale"]
+        assert weight is not None and scale is not None
+        n, k = self.out_features, self.in_features
+        return PackedWeight(weight, scale, own["weight_zero_point"], FORMATS[self.scheme], n, k, own["weight_index"])
 
     @property
     def weight(self) -> Tensor:
@@ -142,10 +145,11 @@ class QLinear(nn.Module):
             # What the product is made of has the dtypes it needs.
             with torch.autocast(device, enabled=False):
                 return self._product(input, compute or dtype).to(dtype)
-        return self._product(input, compute).to(dtype)
+        y = self._product(input, compute or dtype)
+        return y if y.dtype == dtype else y.to(dtype)
 
-    def _product(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        if dtype is not None and x.dtype != dtype:
+    def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype != dtype:
             x = x.to(dtype)
         if self.weight_opaque is not None and (torch.compiler.is_exporting() or torch._C._get_tracing_state()):
             raise ValueError("the layout 'onednn' cannot be exported: call qlinear.prepare(model, layout='cpu') first")
