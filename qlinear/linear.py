@@ -121,12 +121,11 @@ class QLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weight's tensors as they are now (a view, no copy)."""
-        # Not by attributes: nn.Module looks in three places for each, a tenth of the time of a small layer on a CPU.
-        own, weight = self._buffers, self.weight_opaque
-        weight, scale = own["weight_packed"] if weight is None else weight, own["weight_scale"]
-        assert weight is not None and scale is not None
-        n, k = self.out_features, self.in_features
-        return PackedWeight(weight, scale, own["weight_zero_point"], FORMATS[self.scheme], n, k, own["weight_index"])
+        # Not by attributes, which nn.Module looks for in three places: a tenth of a small layer's time on a CPU.
+        own: dict[str, Any] = self._buffers
+        weight = own["weight_packed"] if self.weight_opaque is None else self.weight_opaque
+        scale, zero, index = own["weight_scale"], own["weight_zero_point"], own["weight_index"]
+        return PackedWeight(weight, scale, zero, self.format, self.out_features, self.in_features, index)
 
     @property
     def weight(self) -> Tensor:
@@ -149,8 +148,7 @@ class QLinear(nn.Module):
         return y if y.dtype == dtype else y.to(dtype)
 
     def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if x.dtype != dtype:
-            x = x.to(dtype)
+        x = x if x.dtype == dtype else x.to(dtype)
         if self.weight_opaque is not None and (torch.compiler.is_exporting() or torch._C._get_tracing_state()):
             raise ValueError("the layout 'onednn' cannot be exported: call qlinear.prepare(model, layout='cpu') first")
         return ops.linear(x, self.packed, self.bias, self.weight_dense)
@@ -178,10 +176,9 @@ class QLinear(nn.Module):
     def keep_dense(self, dtype: torch.dtype | None = None) -> QLinear:
         """Prepares the layer and keeps a 16-bit copy of its weight, for many tokens: long prompts, large batches.
 
-        Few tokens are multiplied by the packed weight as before; from where the vendor's 16-bit product is faster
-        (``inspect`` says where) they are multiplied by the copy, as fast as in ``nn.Linear``. It costs 2 bytes a
-        weight: the layer then takes more memory than it did in 16 bit. The copy is never saved, copied or pickled;
-        ``unprepare`` drops it, and ``prepare`` and moves to another device or 16-bit dtype make it anew.
+        Few tokens are multiplied by the packed weight as before, more of them (``inspect`` says from where on) by the
+        copy, as fast as in ``nn.Linear``. It costs 2 bytes a weight: more memory than before the conversion. It is
+        never saved, copied or pickled; ``unprepare`` drops it, ``prepare`` and moves (device, dtype) make it anew.
 
         Args:
             dtype: float16 or bfloat16, used for inputs of that dtype; None is the dtype the layer computes in.

@@ -68,15 +68,16 @@ def _linear_dense(x: Tensor, dense: Tensor | None, bias: Tensor | None) -> Tenso
 
 
 def _linear_cpu(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
-    fmt, matrix = packed.format, x.dim() == 2
-    flat = x if matrix else x.reshape(-1, packed.in_features)
+    fmt, n = packed.format, packed.out_features
+    flat = x if x.dim() == 2 else x.reshape(-1, packed.in_features)
     if _usable(dense, x, fmt) and flat.shape[0] > cpu.few_tokens(fmt, x.dtype, packed.layout):
         return _linear_dense(x, dense, bias)
     y = cpu.matmul(flat, packed)
     if bias is not None:
         y = y.add_(bias) if bias.dtype == y.dtype else y + bias.to(y.dtype)
     y = y.contiguous()
-    return y if matrix else y.view(*x.shape[:-1], packed.out_features)
+    # One row of a padded product is contiguous with any stride; a view has the usual ones.
+    return y if x is flat and y.stride(0) == n else y.view(*x.shape[:-1], n)
 
 
 def _linear_cuda(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:
