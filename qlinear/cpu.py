@@ -189,15 +189,16 @@ def rounded_matmul(values: Tensor, token_scale: Tensor, packed: PackedWeight, dt
 
 def _prepacked_product(values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """int8 ``[M, K]`` by ``[N, K]`` in oneDNN's order and the scales ``[N]``: float32."""
-    one = len(values) == 1
+    count = len(values)
     # Fast with uint8 of which 128 is taken away: int8 takes 190 ms for a token by 4096 x 4096.
     unsigned = values.view(torch.uint8) ^ 128
-    # Kernels for few rows are slower than that for four (4096 x 4096 on an AMD EPYC: one 827 us, four 699).
-    rows = unsigned.expand(4, -1) if one else unsigned
+    # Kernels for few rows are slower than that for four (4096 x 4096 on an AMD EPYC: one 837 us, two 876, four 671).
+    if count < 4:
+        unsigned = unsigned.expand(4, -1) if count == 1 else F.pad(unsigned, (0, 0, 0, 4 - count))
     # Looked up here: not every build of PyTorch has oneDNN.
     product = torch.ops.onednn.qlinear_pointwise.default
-    y: Tensor = product(rows, 1.0, 128, weight, scale, _NO_ZERO, None, 1.0, 0, torch.float32, "none", [], "")
-    return y[:1] if one else y
+    y: Tensor = product(unsigned, 1.0, 128, weight, scale, _NO_ZERO, None, 1.0, 0, torch.float32, "none", [], "")
+    return y[:count] if count < 4 else y
 
 
 def _int_product(values: Tensor, weight: Tensor) -> Tensor:
