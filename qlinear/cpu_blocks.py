@@ -147,7 +147,12 @@ def _decode(
         held = held.view(packed.scale.dtype)
     held = _sixteenfold(held, scratch) if fmt.bits == 4 else held.unsqueeze(0)
     values = held.view(*held.shape[:2], size, held.shape[2] // size)
-    if values.dtype != dtype:
+    if len(values) > 1 and not late:
+        # To put halves side by side takes 750 us for 820 blocks; to multiply them one by one 830 for each 64 tokens.
+        whole = scratch.take("values", dtype, values.shape[1], size, size)
+        whole.unflatten(2, (len(values), -1)).permute(2, 0, 1, 3).copy_(values)
+        values = whole.unsqueeze(0)
+    elif values.dtype != dtype:
         values = scratch.take("values", dtype, *values.shape).copy_(values)
     if fmt.group_size is None:
         return [(plane, None) for plane in values]
