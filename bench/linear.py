@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from bench.sides import check
+from bench.sides import check, copies
 from bench.timing import interleaved, on, rotating
 from qlinear import QLinear
 from qlinear.tables import table
@@ -18,17 +19,17 @@ from qlinear.tables import table
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096))
 TOKENS = (1, 16, 128)
 SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g32-asym")
-#: Weights rotate over this many bytes, several times a desktop's cache share.
-_ROTATE_BYTES = 64 << 20
 
 
 def measure(dtype: torch.dtype, shapes: Iterable[tuple[int, int]], seconds: float, rounds: int) -> list[dict[str, Any]]:
     """One row per shape and number of tokens: microseconds of ``F.linear`` and of each scheme."""
     rows = []
     for n, k in tqdm(list(shapes), desc=f"linear layers, {dtype}", unit="shape", disable=None):
-        copies = min(32, max(2, _ROTATE_BYTES // (n * k * dtype.itemsize)))
-        floats = [nn.Linear(k, n, bias=False, dtype=dtype) for _ in range(copies)]
-        layers = {scheme: [QLinear.from_float(layer, scheme) for layer in floats] for scheme in SCHEMES}
+        cpu, layer = torch.device("cpu"), nn.Linear(k, n, bias=False, dtype=dtype)
+        floats = [deepcopy(layer) for _ in range(copies(layer.weight.nbytes, cpu))]
+        layers = {scheme: [QLinear.from_float(layer, scheme)] for scheme in SCHEMES}
+        for same in layers.values():
+            same += [deepcopy(same[0]) for _ in range(copies(same[0].nbytes, cpu) - 1)]
         for m in TOKENS:
             x = torch.randn(m, k).to(dtype)
             for first, *_ in layers.values():

@@ -63,14 +63,14 @@ def cache_bytes(device: torch.device) -> int:
 
 def float_side(weight: Tensor) -> Side:
     """``F.linear`` in the weight's dtype, whatever the dtype of x."""
-    count = _copies(weight.nbytes, weight.device)
+    count = copies(weight.nbytes, weight.device)
     weights = [weight, *(weight.clone() for _ in range(count - 1))]
     return Side([_float_call(w) for w in weights], lambda x: x.to(weight.dtype))
 
 
 def packed_side(packed: PackedWeight) -> Side:
     """qlinear's operator."""
-    count = _copies(packed.nbytes, packed.device)
+    count = copies(packed.nbytes, packed.device)
     return Side([_packed_call(p) for p in (packed, *(_clone(packed) for _ in range(count - 1)))])
 
 
@@ -89,7 +89,8 @@ def _clone(p: PackedWeight) -> PackedWeight:
     return replace(p, weight=weight, scale=scale, zero_point=zero, index=index)
 
 
-def _copies(size: int, device: torch.device) -> int:
+def copies(size: int, device: torch.device) -> int:
+    """How many weights of ``size`` bytes have to rotate so that none is in the last cache when its turn comes."""
     return max(2, min(_MOST_COPIES[device.type], -(-_CACHES * cache_bytes(device) // size)))
 
 
