@@ -1,12 +1,12 @@
 """The product of a block-sparse weight on a CPU, in the ``cpu`` layout of :mod:`qlinear.sparse_layout`.
 
 Few tokens in bfloat16 are multiplied by a row of int4 blocks at a time, which PyTorch's int4 operator takes for a
-weight of the columns that these blocks have (:func:`by_rows`). Everywhere else
-blocks are one batch of products with the columns of the tokens that they need, and a bag of embeddings adds what
-belongs to a row of blocks: it reads 16-bit numbers and sums them in float32. One token does not need the products: its
-numbers are the weights of a bag, of which the columns of the blocks are the embeddings. In bfloat16 the product of
-each block is rounded before they are added: where blocks take back what others give, that shows (tokens around 10 with
-a deviation of 1, rows of weights that sum to 0: a relative error of 1.6e-2 where a dense product has 1.7e-3).
+weight of the columns that these blocks have (:func:`by_rows`). Everywhere else blocks are one batch of products with
+the columns of the tokens that they need, and a bag of embeddings adds what belongs to a row of blocks: it reads 16-bit
+numbers and sums them in float32. One token does not need the products: its numbers are the weights of a bag, of which
+the columns of the blocks are the embeddings. In bfloat16 the product of each block is rounded before they are added:
+where blocks take back what others give, that shows (tokens around 10 with a deviation of 1, rows of weights that sum to
+0: a relative error of 1.6e-2 where a dense product has 1.7e-3).
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ _int4_mm: Callable[..., Tensor] = torch._weight_int4pack_mm_for_cpu
 #: of an AMD EPYC, us so and by all blocks at once: one token 640 and 1330, 8 1440 and 1750, 16 2090 and 2140, 32 2850
 #: and 2460).
 ROW_TOKENS = 16
+#: Most threads for that: up to four tokens a row is the work of one. Not measured but reckoned from two threads, which
+#: take 560 us so and 1200 at once for a token.
+_ROW_THREADS = 8
 # Measured on two cores of Sapphire Rapids with 4096 x 4096 in bfloat16 and a fifth of the blocks, in us.
 #: Tokens that are multiplied at once: what is copied for them stays in the cache (128 tokens in 16 bit: 8520 by 32,
 #: 5950 by 64, and by 128 no less).
@@ -60,7 +63,7 @@ class _Scratch:
 
 def by_rows(fmt: Format, dtype: torch.dtype, scales: torch.dtype, tokens: int) -> bool:
     """Whether tokens are multiplied by a row of blocks at a time, with scales of the dtype ``scales``."""
-    few = fmt.bits == 4 and tokens <= ROW_TOKENS
+    few = fmt.bits == 4 and tokens <= ROW_TOKENS and torch.get_num_threads() <= _ROW_THREADS
     return few and dtype == scales == torch.bfloat16 and pairs_halves()
 
 

@@ -21,6 +21,7 @@ def every_way(request, monkeypatch):
     if request.param == "operator":
         if not pairs_halves():
             pytest.skip("the operator has another order here")
+        monkeypatch.setattr(cpu_blocks, "_ROW_THREADS", torch.get_num_threads())
     else:
         monkeypatch.setattr(cpu_blocks, "pairs_halves", lambda: False)
 
@@ -76,10 +77,11 @@ def test_a_token_s_bits_do_not_depend_on_its_place(fmt):
         assert (y == y[0]).all()
 
 
-def test_what_a_row_of_blocks_takes_from_itself_is_summed_in_float32():
+def test_what_a_row_of_blocks_takes_from_itself_is_summed_in_float32(monkeypatch):
     """Tokens around 10 with a deviation of 1, rows of weights that sum to 0: products of blocks lose what is left."""
     if not pairs_halves():
         pytest.skip("the operator has another order here")
+    monkeypatch.setattr(cpu_blocks, "_ROW_THREADS", torch.get_num_threads())
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 1024, generator=g)
     weight = torch.nn.functional.pad(weight - weight.mean(1, keepdim=True), (0, 64))
@@ -92,9 +94,13 @@ def test_what_a_row_of_blocks_takes_from_itself_is_summed_in_float32():
 def test_int4_blocks_name_their_operator_where_they_have_it(monkeypatch):
     fmt = FORMATS["w4a16-block64"]
     monkeypatch.setattr(cpu_blocks, "pairs_halves", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert cpu.path(fmt, torch.bfloat16, 16)[0] == OPERATOR
     others = (torch.bfloat16, 17, "cpu"), (torch.float32, 1, "cpu"), (torch.float16, 1, "cpu")
     assert {cpu.path(fmt, *other)[0] for other in others} == {"stored blocks"}
     assert cpu.path(FORMATS["w8a16-block64"], torch.bfloat16, 1)[0] == "stored blocks"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert cpu.path(fmt, torch.bfloat16, 1)[0] == "stored blocks"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(cpu_blocks, "pairs_halves", lambda: False)
     assert cpu.path(fmt, torch.bfloat16, 1)[0] == "stored blocks"
