@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlinear import cpu_sparse
+from qlinear import cpu_sparse, prepacked
 from qlinear.bits import e4m3_to_float, unpack_bits
-from qlinear.cpu_layout import VNNI, int4_tiles, zero_points
+from qlinear.cpu_layout import int4_tiles, zero_points
 from qlinear.format import ROUNDED, Format
 from qlinear.packing import PackedWeight, expand_groups, scaled, signed
 
 _int4_mm: Callable[..., Tensor] = torch._weight_int4pack_mm_for_cpu
 _int8_mm: Callable[..., Tensor] = torch._weight_int8pack_mm
-
-#: The operator of int8 weights in oneDNN's order.
-PREPACKED = "onednn::qlinear_pointwise"
 
 #: Most tokens the packed operators are given; above it a dequantized tile is cheaper.
 INT4_TOKENS = 64
@@ -32,7 +29,7 @@ INT8_TOKENS = 16
 #: Most tokens whose int8 values the weight-only operator multiplies in the cpu layout; above it ``_int_mm`` is faster.
 W8A8_TOKENS = 2
 #: Whether ``_int_mm`` is wrong here: 30.016 for a sum of 256 ones and minus ones that is 32.
-_SATURATES = not VNNI and platform.machine() in ("x86_64", "AMD64")
+_SATURATES = not prepacked.VNNI and platform.machine() in ("x86_64", "AMD64")
 #: Most tokens the packed operators are given where a 16-bit copy of the weight is kept: where their times and those of
 #: `F.linear` cross on a line from 1 to 16 tokens (4096 x 4096 in `bench/results/sapphire-rapids-matmul.json`: 5 for
 #: int8, 6 for int4).
@@ -44,8 +41,6 @@ _INT32_COLUMNS = 1 << 17
 _TILE_WEIGHTS = 1 << 22
 #: Floor of a token's largest magnitude: a zero row has zero values, whatever its scale.
 _SMALLEST = torch.tensor(1e-30, dtype=torch.float32)
-#: The zero point of the weight, which has none.
-_NO_ZERO = torch.zeros(1, dtype=torch.int32)
 #: What the largest magnitude of a token is rounded to, by the kind of number.
 _LARGEST = {number: torch.tensor(rounded.largest, dtype=torch.float32) for number, rounded in ROUNDED.items()}
 
@@ -64,8 +59,8 @@ def path(fmt: Format, dtype: torch.dtype, tokens: int, layout: str = "cpu", colu
         name, reason = path(fmt.weight_only, dtype, tokens, layout, columns)
         return name, f"int8 values held as floats, exactly; {reason}"
     if fmt.integer_activations:
-        if layout == "onednn":
-            return PREPACKED, "int8 x int8, int32 sums; activations quantized per token"
+        if layout in prepacked.OPERATORS:
+            return prepacked.OPERATORS[layout], "int8 x int8, int32 sums; activations quantized per token"
         few = INT8_TOKENS if _SATURATES else W8A8_TOKENS
         if dtype == torch.bfloat16 and tokens <= few and layout == "cpu" and columns % 32 == 0:
             return "aten::_weight_int8pack_mm", f"int8 values held in bfloat16, exactly; up to {few} tokens"
@@ -98,9 +93,8 @@ def matmul(x: Tensor, packed: PackedWeight) -> Tensor:
     fmt, n = packed.format, packed.out_features
     if x.shape[0] == 0:
         return x.new_empty(0, n)
-    if weight.is_mkldnn:
-        values, _, inverse = _round_activations(x)
-        return _prepacked_product(values, weight, scale).div_(inverse).to(x.dtype)
+    if prepacked.is_made(weight):
+        return _prepacked_matmul(x, weight, scale)
     if fmt.sparsity:
         return cpu_sparse.matmul(x, packed.to_layout("cpu"))
     if fmt.number == "e4m3" and fmt.quantized_activations:
@@ -183,27 +177,23 @@ def rounded_matmul(values: Tensor, token_scale: Tensor, packed: PackedWeight, dt
         wide = values.float()
         y = _tiled_matmul(wide, packed.weight, packed.scale, None, packed.format, packed.out_features)
         return y.mul_(token_scale).to(dtype)
-    if packed.layout == "onednn":
-        return _prepacked_product(values, packed.weight, packed.scale).mul_(token_scale).to(dtype)
+    if prepacked.is_made(packed.weight):
+        return prepacked.product(values, 1.0, packed.weight, packed.scale).mul_(token_scale).to(dtype)
     values = values.to(torch.int8, memory_format=torch.contiguous_format)
     # An int32 tensor times a float32 one is float32, and so it stays when 16-bit scales come in.
     product = _int_product(values, packed.to_layout("cpu").weight)
     return product.mul(token_scale).mul_(packed.scale.view(-1)).to(dtype)
 
 
-def _prepacked_product(values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """int8 values ``[M, K]`` (int8, or held in floats) by int8 ``[N, K]`` in oneDNN's order and its scales: float32."""
-    count = len(values)
-    # Fast with uint8 of which 128 is taken away: int8 takes 190 ms for a token by 4096 x 4096.
-    unsigned = values.to(torch.int8, memory_format=torch.contiguous_format).view(torch.uint8) ^ 128
-    scale = scale.view(-1).float()
-    # Kernels for few rows are slower than that for four (4096 x 4096 on an AMD EPYC: one 837 us, two 876, four 671).
-    if count < 4:
-        unsigned = unsigned.expand(4, -1) if count == 1 else F.pad(unsigned, (0, 0, 0, 4 - count))
-    # Looked up here: not every build of PyTorch has oneDNN.
-    product = torch.ops.onednn.qlinear_pointwise.default
-    y: Tensor = product(unsigned, 1.0, 128, weight, scale, _NO_ZERO, None, 1.0, 0, torch.float32, "none", [], "")
-    return y[:count] if count < 4 else y
+def _prepacked_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    if len(x) == 1:
+        # With its scale in the product one token takes three small operators fewer: 466 to 606 us instead of 513 to 646
+        # at 4096 x 4096, whose weight drives their code out of the caches.
+        wide = x.float()
+        unit = max(float(wide.abs().amax()), _SMALLEST.item()) / ROUNDED["int"].largest
+        return prepacked.product(wide, unit, weight, scale).to(x.dtype)
+    values, _, inverse = _round_activations(x)
+    return prepacked.product(values, 1.0, weight, scale).div_(inverse).to(x.dtype)
 
 
 def _int_product(values: Tensor, weight: Tensor) -> Tensor:

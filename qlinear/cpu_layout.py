@@ -10,8 +10,7 @@
 - int8: ``weight`` int8 ``[N, K]`` signed; for w8a16 K is padded to a multiple of 32, because
   ``aten::_weight_int8pack_mm`` reads past the end of a row in bfloat16 otherwise.
 
-``onednn``, for w8a8 where :func:`prepacks`: ``weight`` is an opaque int8 tensor ``[K, N]`` (``torch._mkldnn``) in the
-order of ``onednn::qlinear_prepack``; ``aten::_int_mm`` puts the ``cpu`` layout into that order in every call.
+``fbgemm`` and ``onednn``, for w8a8: orders that those libraries keep to themselves, :mod:`qlinear.prepacked`.
 
 The order of the int4 bytes differs between AVX2 and AVX-512 and has no inverse operator. :func:`int4_tiles` finds the
 order by packing a probe; nothing in this layout is ever written to disk.
@@ -25,25 +24,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qlinear import prepacked
 from qlinear.bits import pack_bits, unpack_bits, unpack_nibbles
 from qlinear.format import Format
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]
 
-#: Whether oneDNN multiplies int8 by VNNI. On other x86 machines its sums of two products saturate in int16.
-VNNI = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
-#: Most columns whose products of uint8 and int8 values (255 * 127) surely fit a sum in int32.
-_ONEDNN_COLUMNS = 1 << 16
-#: Fewest weights whose order saves more than oneDNN's operator takes to start (w8a8 on an AMD EPYC, us in this layout
-#: and in the other: 1536 x 576, 1 and 16 tokens, 275 and 209, 289 and 287; 2048 x 2048 423 and 425, 701 and 1155).
-_ONEDNN_WEIGHTS = 1 << 22
 #: Group sizes of the packed int4 operator.
 _OPERATOR_GROUPS = (256, 128, 64, 32)
-
-
-def prepacks(fmt: Format, n: int, k: int) -> bool:
-    """Whether this machine has the ``onednn`` layout for a weight ``[n, k]``."""
-    return VNNI and fmt.bits == 8 and fmt.integer_activations and n * k >= _ONEDNN_WEIGHTS and k <= _ONEDNN_COLUMNS
 
 
 def from_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
@@ -69,17 +57,16 @@ def from_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     return packed, both.transpose(0, 1).contiguous(), None if zero is None else zero.new_empty(0)
 
 
-def to_onednn(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
-    """The ``onednn`` layout of plain tensors."""
+def to_prepacked(layout: str, tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
+    """A layout of :mod:`qlinear.prepacked` of plain tensors."""
     values, scale, zero = from_plain(tensors, fmt, n, k)
-    return torch.ops.onednn.qlinear_prepack(values, None), scale, zero
+    return prepacked.make(layout, values, scale), scale, zero
 
 
 def to_plain(tensors: Tensors, fmt: Format, n: int, k: int) -> Tensors:
     weight, scale, zero = tensors
     if fmt.bits == 8:
-        # `contiguous` leaves the strides of a single row as they are.
-        weight = weight.to_dense().t().clone(memory_format=torch.contiguous_format) if weight.is_mkldnn else weight
+        weight = prepacked.values_of(weight) if prepacked.is_made(weight) else weight
         codes = (weight[:, :k].to(torch.int16) + fmt.offset).to(torch.uint8)
         return pack_bits(codes, 8), scale, zero
     order, tiles = zip(*int4_tiles(weight, 2 * weight.numel()), strict=True)

@@ -16,8 +16,9 @@ weights:
   64, 2 * C]`` holds for a row scale and zero point (exact in 16 bit) of each of the C groups of a block in turn, so
   that one load brings all of them. Padded rows and groups have scale 0.
 
-``cpu`` and ``onednn`` are what PyTorch's packed CPU operators read: :mod:`qlinear.cpu_layout`. 2:4 weights have a
-``triton`` layout of their own, and another one, ``mma.sp``: :mod:`qlinear.layout24`.
+``cpu`` is what PyTorch's packed CPU operators read: :mod:`qlinear.cpu_layout`; ``fbgemm`` and ``onednn`` are what two
+libraries make of w8a8 there: :mod:`qlinear.prepacked`. 2:4 weights have a ``triton`` layout of their own, and another
+one, ``mma.sp``: :mod:`qlinear.layout24`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from qlinear import cpu_layout
+from qlinear import cpu_layout, prepacked
 from qlinear.bits import pack_bits, unpack_bits
 from qlinear.format import BLOCK_K, TILE_N, Format
 
-LAYOUTS = ("plain", "triton", "cpu", "onednn", "mma.sp")
+LAYOUTS = ("plain", "triton", "cpu", *prepacked.OPERATORS, "mma.sp")
 
 #: weight, scale, zero_point
 Tensors = tuple[Tensor, Tensor, Tensor | None]
@@ -39,8 +40,8 @@ Tensors = tuple[Tensor, Tensor, Tensor | None]
 
 def layout_of(weight: Tensor) -> str:
     """The layout of a packed weight, told by the tensor alone."""
-    if weight.is_mkldnn:
-        return "onednn"
+    if prepacked.is_made(weight):
+        return prepacked.layout_of(weight)
     if weight.dtype == torch.int32:
         # Of 2:4 weights the kernels read 32-bit words.
         return {4: "triton", 5: "mma.sp"}.get(weight.dim(), "plain")
@@ -49,8 +50,8 @@ def layout_of(weight: Tensor) -> str:
 
 def native_layout(device: torch.device, fmt: Format | None = None, n: int = 0, k: int = 0) -> str:
     """The layout the matmul of this device reads fastest: of a weight ``[n, k]`` in a format."""
-    if device.type == "cpu" and fmt is not None and cpu_layout.prepacks(fmt, n, k):
-        return "onednn"
+    if device.type == "cpu" and fmt is not None and (made := prepacked.native(fmt, n, k)):
+        return made
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "plain"
     return {"cuda": "triton", "cpu": "cpu"}.get(device.type, "plain")
@@ -64,9 +65,11 @@ def convert(tensors: Tensors, source: str, target: str, fmt: Format, n: int, k: 
         _refuse_nan(tensors[0])
     if source == "triton":
         tensors = _from_triton(tensors, fmt, n, k)
-    elif source in ("cpu", "onednn"):
+    elif source == "cpu" or source in prepacked.OPERATORS:
         tensors = cpu_layout.to_plain(tensors, fmt, n, k)
-    made = {"triton": _to_triton, "cpu": cpu_layout.from_plain, "onednn": cpu_layout.to_onednn}.get(target)
+    if target in prepacked.OPERATORS:
+        return cpu_layout.to_prepacked(target, tensors, fmt, n, k)
+    made = {"triton": _to_triton, "cpu": cpu_layout.from_plain}.get(target)
     return tensors if made is None else made(tensors, fmt, n, k)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlinear import ops, sparse
+from qlinear import ops, prepacked, sparse
 from qlinear.float_layers import float_tensor, is_conv1d
 from qlinear.format import FORMATS, Format, Scheme
 from qlinear.packing import PackedWeight, pack_codes, patterned
@@ -42,7 +42,7 @@ class QLinear(nn.Module):
     weight_index: Tensor | None
     #: The 16-bit copy of :meth:`keep_dense`; None where there is none.
     weight_dense: Tensor | None
-    #: The weight in the layout ``onednn``; ``weight_packed`` is empty then.
+    #: What stands for a weight of :mod:`qlinear.prepacked`; ``weight_packed`` is empty then.
     weight_opaque: Tensor | None
     bias: nn.Parameter | None
 
@@ -72,7 +72,7 @@ class QLinear(nn.Module):
         self.register_buffer("weight_scale", _empty(scale, fmt.scale_dtype(compute_dtype or dtype), device))
         self.register_buffer("weight_zero_point", None if zero is None else _empty(zero, torch.int32, device))
         self.register_buffer("weight_index", None if index is None else _empty(index, torch.int32, device).zero_())
-        # No buffers: made anew wherever the layer goes. FSDP fails on an opaque tensor, `zero_` writes past its end.
+        # No buffers, which may be written to, moved or sent to other processes: made anew wherever the layer goes.
         self.weight_dense = self.weight_opaque = None
         self.dense_dtype: torch.dtype | None = None
         self.bias = nn.Parameter(_empty((out_features,), dtype, device)) if bias else None
@@ -134,7 +134,7 @@ class QLinear(nn.Module):
 
     @property
     def layout(self) -> str:
-        """``plain``, ``triton``, ``cpu`` or ``onednn``: told by the tensor."""
+        """``plain``, ``triton``, ``cpu``, ``fbgemm`` ...: told by the tensor (:class:`PackedWeight`)."""
         return self.packed.layout
 
     def forward(self, input: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class QLinear(nn.Module):
     def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x if x.dtype == dtype else x.to(dtype)
         if self.weight_opaque is not None and (torch.compiler.is_exporting() or torch._C._get_tracing_state()):
-            raise ValueError("the layout 'onednn' cannot be exported: call qlinear.prepare(model, layout='cpu') first")
+            raise ValueError("this layout cannot be exported: call qlinear.prepare(model, layout='cpu') first")
         return ops.linear(x, self.packed, self.bias, self.weight_dense)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -212,7 +212,7 @@ class QLinear(nn.Module):
 
     def _set(self, packed: PackedWeight) -> None:
         weight, self.weight_scale, self.weight_zero_point, self.weight_index = packed.tensors
-        self.weight_opaque = weight if packed.layout == "onednn" else None
+        self.weight_opaque = weight if prepacked.is_made(weight) else None
         self.weight_packed = weight if self.weight_opaque is None else _empty((0,), torch.int8, packed.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:

@@ -213,8 +213,6 @@ def _with_dequantize_schema(compute: Callable[[PackedWeight, torch.dtype], Tenso
 
 
 _library.impl("linear", _with_linear_schema(_linear_cpu), "CPU")
-# What a weight in oneDNN's order makes of the call.
-_library.impl("linear", _with_linear_schema(_linear_cpu), "MkldnnCPU")
 _library.impl("linear", _with_linear_schema(_linear_cuda), "CUDA")
 _library.impl("linear", _with_linear_schema(_linear_any), "CompositeExplicitAutograd")
 _library.impl("dequantize", _with_dequantize_schema(_dequantize), "CompositeExplicitAutograd")

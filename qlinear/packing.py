@@ -6,14 +6,14 @@ Weights are ``[N, K]`` = (out_features, in_features) everywhere outside the kern
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlinear import layout as layouts
-from qlinear import layout24, sparse, sparse_layout
+from qlinear import layout24, prepacked, sparse, sparse_layout
 from qlinear.bits import pack_bits, unpack_bits
-from qlinear.cpu_layout import prepacks
 from qlinear.format import Format, Scheme
 from qlinear.quantize import Codes, quantize
 
@@ -27,8 +27,8 @@ class PackedWeight:
     - ``plain``: ``weight`` int32 ``[N, ceil(K*bits/32)]``, ``scale`` ``[N, G]``, ``zero_point`` int32
       ``[ceil(N*bits/32), G]`` packed along N, or None where symmetric. This is what a checkpoint holds.
     - ``triton``: what the GPU kernels read.
-    - ``cpu``: what PyTorch's packed CPU operators read. ``onednn``: for large w8a8 what oneDNN reads, a tensor
-      without a storage, which cannot be shared between processes or written by ``torch.export.save``.
+    - ``cpu``: what PyTorch's packed CPU operators read. ``fbgemm`` and ``onednn``: for w8a8 what these libraries read,
+      which cannot be shared between processes or exported (:mod:`qlinear.prepacked`).
 
     A sparse format stores the kept weights only, and ``index`` says where they belong: see :mod:`qlinear.sparse`.
     Blocks and 2:4 weights have GPU layouts of their own, blocks one for the CPU too; everything else sparse is plain.
@@ -51,6 +51,10 @@ class PackedWeight:
         own["weight"], own["scale"], own["zero_point"], own["index"] = weight, scale, zero_point, index
         own["format"], own["out_features"], own["in_features"] = format, out_features, in_features
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What a library made of a weight can be neither pickled nor copied.
+        return (self.to_layout("plain") if prepacked.is_made(self.weight) else self).__dict__
+
     @property
     def layout(self) -> str:
         return layouts.layout_of(self.weight)
@@ -58,7 +62,8 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes the tensors hold in this layout, padding included."""
-        return sum(t.nbytes for t in self.tensors if t is not None)
+        made = self.out_features * self.in_features if prepacked.is_made(self.weight) else self.weight.nbytes
+        return made + sum(t.nbytes for t in self.tensors[1:] if t is not None)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -96,16 +101,17 @@ class PackedWeight:
         """The same weight in another layout; exact in both directions. None: the one this device computes with.
 
         Raises:
-            ValueError: the layout's name is not one of ``plain``, ``triton``, ``cpu``, ``onednn``, ``mma.sp``; or it
-                is ``mma.sp`` and the weight is not 2:4, or ``onednn`` and this machine has none for the weight.
+            ValueError: the layout's name is not one of ``plain``, ``triton``, ``cpu``, ``fbgemm``, ``onednn``,
+                ``mma.sp``; or it is ``mma.sp`` and the weight is not 2:4, or ``fbgemm`` or ``onednn`` and this machine
+                has none for the weight.
         """
         shape = self.out_features, self.in_features
         target = layout or layouts.native_layout(self.device, self.format, *shape)
         if target not in layouts.LAYOUTS:
             raise ValueError(f"layout {target!r} does not exist; the layouts are: {', '.join(layouts.LAYOUTS)}")
-        if target == "onednn" and not prepacks(self.format, *shape):
-            wanted = "w8a8 from 2048 x 2048 on, of at most 65536 in_features, on a CPU with VNNI"
-            raise ValueError(f"layout 'onednn' is for {wanted}, got {self.format} {shape[0]} x {shape[1]}")
+        if target in prepacked.OPERATORS and not prepacked.supports(target, self.format, self.in_features):
+            wanted = "w8a8 of at most 65536 in_features, on a CPU with VNNI"
+            raise ValueError(f"layout {target!r} is for {wanted}, got {self.format} {shape[0]} x {shape[1]}")
         if self.format.sparsity == "2:4":
             moved = layout24.convert(self.tensors, target, self.format, *shape)
             return replace(self, weight=moved[0], scale=moved[1], zero_point=moved[2], index=moved[3])

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlinear import cpu
-from qlinear.cpu_layout import prepacks
 from qlinear.format import BLOCK_K, FORMATS, ROUNDED
 from qlinear.packing import PackedWeight
+from qlinear.prepacked import is_made
 
 _library = torch.library.Library("qlinear", "FRAGMENT")
 _library.define('quantize_activations(Tensor x, str number="int") -> (Tensor, Tensor)')
@@ -154,8 +154,6 @@ _library.impl("rms_norm_quantize", _norm_quantize_any, "CompositeExplicitAutogra
 _library.impl("rms_norm_quantize", _norm_quantize_cuda, "CUDA")
 _library.impl("rounded_linear", _with_schema(_rounded_any), "CompositeExplicitAutograd")
 _library.impl("rounded_linear", _with_schema(_rounded_cpu), "CPU")
-# What a weight in oneDNN's order makes of the call.
-_library.impl("rounded_linear", _with_schema(_rounded_cpu), "MkldnnCPU")
 _library.impl("rounded_linear", _with_schema(_rounded_cuda), "CUDA")
 torch.library.register_fake("qlinear::quantize_activations", _quantize_fake, lib=_library)
 torch.library.register_fake("qlinear::rms_norm_quantize", _norm_quantize_fake, lib=_library)
@@ -173,8 +171,7 @@ def rounded_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tens
 
 def linear_in_parts(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """``torch.ops.qlinear.linear`` for a format with 8-bit activations, in pieces that ``torch.compile`` can fuse."""
-    # Of a weight in oneDNN's order, which a trace does not show, Inductor wants that it is a constant.
-    if x.device.type != "cpu" or prepacks(packed.format, packed.out_features, packed.in_features):
+    if x.device.type != "cpu" or is_made(packed.weight):
         return rounded_linear(x, packed, bias)
     y = cpu.matmul(x.reshape(-1, packed.in_features), packed)
     return (y if bias is None else y + bias.to(x.dtype)).view(*x.shape[:-1], packed.out_features)

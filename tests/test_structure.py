@@ -12,7 +12,7 @@ PACKAGE, KERNELS = ROOT / "qlinear", ROOT / "kernels"
 #: Floors from the ground up. A module imports only from floors below its own (kernels among themselves: see below).
 FLOORS = [
     ["float_layers", "folders", "format", "patterns"],
-    ["bits", "grid", "masks"],
+    ["bits", "grid", "masks", "prepacked"],
     ["quantize"],
     ["sparse", "cpu_layout"],
     ["layout"],

@@ -7,7 +7,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import qlinear
-from qlinear import cpu, cpu_layout
+from qlinear import cpu, prepacked
 from qlinear.token_ops import linear_in_parts
 
 FORMATS = [fmt for fmt in qlinear.FORMATS.values() if fmt.quantized_activations]
@@ -75,17 +75,16 @@ def converted_siblings():
     return module
 
 
-@pytest.mark.parametrize("prepacked", [False, True])
-def test_on_a_cpu_the_compiler_sees_all_but_a_weight_in_onednn_s_order(prepacked, monkeypatch):
-    if prepacked and not cpu_layout.VNNI:
+@pytest.mark.parametrize("layout", ["cpu", *prepacked.OPERATORS])
+def test_on_a_cpu_the_compiler_sees_all_but_a_weight_in_a_library_s_order(layout, monkeypatch):
+    if layout != "cpu" and not prepacked.supports(layout, FORMATS[0], 64):
         pytest.skip("a CPU without VNNI")
-    monkeypatch.setattr(cpu_layout, "VNNI", prepacked)
-    monkeypatch.setattr(cpu_layout, "_ONEDNN_WEIGHTS", 0)
     monkeypatch.setattr(cpu, "_SATURATES", False)
-    calls = traced_calls(converted_siblings(), torch.randn(5, 64, dtype=torch.bfloat16))
-    assert calls["qlinear.rounded_linear.default" if prepacked else "aten._int_mm.default"] == 3
+    module = qlinear.prepare(converted_siblings(), layout)
+    calls = traced_calls(module, torch.randn(5, 64, dtype=torch.bfloat16))
+    assert calls["aten._int_mm.default" if layout == "cpu" else "qlinear.rounded_linear.default"] == 3
     assert calls["aten.round.default"] == 3
-    assert prepacked or not any(name.startswith("qlinear") for name in calls)
+    assert layout != "cpu" or not any(name.startswith("qlinear") for name in calls)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
