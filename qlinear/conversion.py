@@ -109,8 +109,8 @@ def no_bar(layers: Iterable[nn.Module], progress: bool | None) -> bool | None:
 def prepare(model: nn.Module, layout: str | None = None) -> nn.Module:
     """Puts every quantized layer into the layout its device computes with: after loading plain weights by hand.
 
-    ``layout="cpu"`` before ``torch.export``, ``torch.jit.trace``, AOTInductor or ``share_memory`` of a model with large
-    ``w8a8`` layers on a CPU: their fastest layout, ``onednn``, has no storage that these could read or share.
+    ``layout="cpu"`` before ``torch.export``, ``torch.jit.trace``, AOTInductor or ``share_memory`` of a model with
+    ``w8a8`` layers on a CPU: their fastest layouts, ``fbgemm`` and ``onednn``, have no storage to read or share.
     """
     for module in model.modules():
         if isinstance(module, QLinear):

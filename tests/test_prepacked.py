@@ -228,6 +228,16 @@ def test_a_machine_without_either_has_the_cpu_layout(monkeypatch: pytest.MonkeyP
             random_packed(W8A8, 64, 128).to_layout(name)
 
 
+def test_the_engine_that_a_user_chose_stays(layout: str) -> None:
+    before = torch.backends.quantized.engine
+    try:
+        for name in torch.backends.quantized.supported_engines:
+            torch.backends.quantized.engine = name
+            assert layer().layout == layout and torch.backends.quantized.engine == name
+    finally:
+        torch.backends.quantized.engine = before
+
+
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_vnni"])
 def test_fbgemm_without_vnni_is_not_taken(isa: str) -> None:
     """Its sums of two products saturate in int16 there. The variable is FBGEMM's own."""
