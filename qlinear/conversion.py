@@ -111,10 +111,21 @@ def prepare(model: nn.Module, layout: str | None = None) -> nn.Module:
 
     ``layout="cpu"`` before ``torch.export``, ``torch.jit.trace``, AOTInductor or ``share_memory`` of a model with
     ``w8a8`` layers on a CPU: their fastest layouts, ``fbgemm`` and ``onednn``, have no storage to read or share.
+
+    Raises:
+        ValueError: a layer has no such layout; it is named, and all layers are in the layouts they were in.
     """
-    for module in model.modules():
-        if isinstance(module, QLinear):
+    done: list[tuple[QLinear, str]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, QLinear):
+            continue
+        done.append((module, module.layout))
+        try:
             module.prepare(layout)
+        except ValueError as error:
+            for changed, before in done:
+                changed.prepare(before)
+            raise ValueError(f"layer {name!r}: {error}") from None
     return model
 
 

@@ -99,13 +99,12 @@ def values_of(weight: Tensor) -> Tensor:
     return made.to_dense().t().clone(memory_format=torch.contiguous_format)  # type: ignore[no-any-return]
 
 
-def product(tokens: Tensor, unit: float, weight: Tensor, scale: Tensor) -> Tensor:
-    """Tokens ``[M, K]``, rounded to multiples of ``unit`` up to 127 of them, by a weight: float32 ``[M, N]``."""
+def product(values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """int8 values ``[M, K]`` (int8, or held in floats) by a weight and its scales: float32 ``[M, N]``."""
     made = _find(weight)
     # Operators are looked up here: not every build of PyTorch has both libraries.
     if isinstance(made, torch.ScriptObject):
-        return _fbgemm_product(tokens, unit, made)
-    values = tokens if unit == 1.0 else tokens.mul(1.0 / unit).round_()
+        return _fbgemm_product(values, made)
     count = len(values)
     # Fast with uint8 of which 128 is taken away: int8 takes 190 ms for a token by 4096 x 4096.
     unsigned = values.to(torch.int8, memory_format=torch.contiguous_format).view(torch.uint8) ^ 128
@@ -114,13 +113,13 @@ def product(tokens: Tensor, unit: float, weight: Tensor, scale: Tensor) -> Tenso
         unsigned = unsigned.expand(4, -1) if count == 1 else F.pad(unsigned, (0, 0, 0, 4 - count))
     multiply = torch.ops.onednn.qlinear_pointwise.default
     scale = scale.view(-1).float()
-    y: Tensor = multiply(unsigned, unit, 128, made, scale, _NO_ZERO, None, 1.0, 0, torch.float32, "none", [], "")
+    y: Tensor = multiply(unsigned, 1.0, 128, made, scale, _NO_ZERO, None, 1.0, 0, torch.float32, "none", [], "")
     return y[:count] if count < 4 else y
 
 
-def _fbgemm_product(tokens: Tensor, unit: float, made: torch.ScriptObject) -> Tensor:
+def _fbgemm_product(values: Tensor, made: torch.ScriptObject) -> Tensor:
     multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-    y: Tensor = multiply(tokens.float(), unit, 128, made)
+    y: Tensor = multiply(values.float(), 1.0, 128, made)
     return y
 
 
@@ -151,7 +150,7 @@ def _fbgemm_is_exact() -> bool:
     """Whether FBGEMM is there, and multiplies the largest values without saturating, as it does with VNNI."""
     largest = torch.full((16, 256), 127, dtype=torch.int8)
     try:
-        y = _fbgemm_product(largest[:1], 1.0, _fbgemm_pack(largest, torch.ones(16)))
+        y = _fbgemm_product(largest[:1], _fbgemm_pack(largest, torch.ones(16)))
     except (AttributeError, RuntimeError):
         return False
     return bool((y == 256 * 127 * 127).all())

@@ -160,6 +160,16 @@ def test_compute_dtype_reaches_every_layer():
     assert model(torch.randn(2, 40)).dtype == torch.float32
 
 
+def test_a_layout_that_a_layer_does_not_have_changes_none():
+    model = qlinear.convert(
+        nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), {"0": "w4a16-2:4", "1": "w4a16"}, prune="magnitude"
+    )
+    before = [layer.layout for layer in model]
+    with pytest.raises(ValueError, match=r"layer '1': layout 'mma.sp' is for 2:4 weights, got w4a16"):
+        qlinear.prepare(model, "mma.sp")
+    assert [layer.layout for layer in model] == before
+
+
 def test_prepare_after_loading_by_hand():
     model = qlinear.convert(mlp().bfloat16(), "w4a16")
     with torch.device("meta"):
