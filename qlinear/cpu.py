@@ -186,7 +186,7 @@ def rounded_matmul(values: Tensor, token_scale: Tensor, packed: PackedWeight, dt
 
 
 def _prepacked_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    if len(x) == 1:
+    if not torch.compiler.is_compiling() and len(x) == 1:
         # The same arithmetic with Python numbers: each operator fewer is 10 us where a weight of 4096 x 4096 has driven
         # its code out of the caches, of 500.
         wide = x.float()

@@ -37,9 +37,10 @@ AMX = VNNI and torch.cpu._is_amx_tile_supported()
 #: Most columns whose products of uint8 and int8 values (255 * 127) surely fit a sum in int32.
 _COLUMNS = 1 << 16
 #: Fewest weights whose order saves more than the operator takes to start. On an AMD EPYC, us in the layout and in the
-#: one of `cpu`, for 1 and 16 tokens: fbgemm 192 x 576 37 and 38, 58 and 64; 576 x 576 52 and 65, 70 and 109; onednn
-#: 1536 x 576 275 and 209, 289 and 287; 2048 x 2048 423 and 425, 701 and 1155.
-_FEWEST = {"fbgemm": 1 << 18, "onednn": 1 << 22}
+#: one of `cpu`, for 1 and 16 tokens: fbgemm 576 x 576 71 and 61, 119 and 138 (compiled 40 and 24, 92 and 81), 1024 x
+#: 768 98 and 110, 142 and 178 (compiled 61 and 67, 103 and 113); onednn 1536 x 576 275 and 209, 289 and 287; 2048 x
+#: 2048 423 and 425, 701 and 1155.
+_FEWEST = {"fbgemm": 1 << 19, "onednn": 1 << 22}
 #: The zero point of the weight, which has none.
 _NO_ZERO = torch.zeros(1, dtype=torch.int32)
 
@@ -100,7 +101,16 @@ def values_of(weight: Tensor) -> Tensor:
 
 
 def product(values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """int8 values ``[M, K]`` (int8, or held in floats) by a weight and its scales: float32 ``[M, N]``."""
+    """int8 values ``[M, K]`` (int8, or held in floats) by a weight and its scales: float32 ``[M, N]``.
+
+    Compiled code sees one operator, and fuses what is done to the tokens and to the product.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.qlinear.prepacked_product(values, weight, scale)  # type: ignore[no-any-return]
+    return _product(values, weight, scale)
+
+
+def _product(values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     made = _find(weight)
     # Operators are looked up here: not every build of PyTorch has both libraries.
     if isinstance(made, torch.ScriptObject):
@@ -115,6 +125,16 @@ def product(values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     scale = scale.view(-1).float()
     y: Tensor = multiply(unsigned, 1.0, 128, made, scale, _NO_ZERO, None, 1.0, 0, torch.float32, "none", [], "")
     return y[:count] if count < 4 else y
+
+
+def _product_fake(values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty(len(values), len(scale), dtype=torch.float32)
+
+
+_library = torch.library.Library("qlinear", "FRAGMENT")
+_library.define("prepacked_product(Tensor values, Tensor weight, Tensor scale) -> Tensor")
+_library.impl("prepacked_product", _product, "CPU")
+torch.library.register_fake("qlinear::prepacked_product", _product_fake, lib=_library)
 
 
 def _fbgemm_product(values: Tensor, made: torch.ScriptObject) -> Tensor:

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from qlinear import cpu
 from qlinear.format import BLOCK_K, FORMATS, ROUNDED
 from qlinear.packing import PackedWeight
-from qlinear.prepacked import is_made
 
 _library = torch.library.Library("qlinear", "FRAGMENT")
 _library.define('quantize_activations(Tensor x, str number="int") -> (Tensor, Tensor)')
@@ -171,7 +170,7 @@ def rounded_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tens
 
 def linear_in_parts(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """``torch.ops.qlinear.linear`` for a format with 8-bit activations, in pieces that ``torch.compile`` can fuse."""
-    if x.device.type != "cpu" or is_made(packed.weight):
+    if x.device.type != "cpu":
         return rounded_linear(x, packed, bias)
     y = cpu.matmul(x.reshape(-1, packed.in_features), packed)
     return (y if bias is None else y + bias.to(x.dtype)).view(*x.shape[:-1], packed.out_features)

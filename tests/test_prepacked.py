@@ -171,17 +171,25 @@ def test_a_weight_lives_as_long_as_its_layer(layout: str) -> None:
         cpu.matmul(torch.randn(1, 96), qlinear.PackedWeight(weight, q.weight_scale, None, W8A8, 64, 96))
 
 
-def test_layers_compiled_one_by_one_share_their_code(layout: str) -> None:
-    layers, x = (
-        [layer(), qlinear.QLinear.from_float(nn.Linear(96, 64).bfloat16(), "w8a8")],
-        torch.randn(3, 96).bfloat16(),
-    )
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_layers_compiled_one_by_one_share_their_code(layout: str, tokens: int) -> None:
+    layers = [layer(), qlinear.QLinear.from_float(nn.Linear(96, 64).bfloat16(), "w8a8")]
+    x = torch.randn(tokens, 96).bfloat16()
     wanted = [q(x) for q in layers]
     torch._dynamo.reset()
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(lambda q, x: q(x), backend="aot_eager", fullgraph=True)
         for q, y in zip(layers, wanted, strict=True):
-            assert relative_error(compiled(q, x), y.double()) <= 4e-3
+            assert same_bits(compiled(q, x), y)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_the_operator_of_compiled_code(layout: str, tokens: int) -> None:
+    packed = layer().packed
+    args = (torch.randint(-127, 128, (tokens, 96)).float(), packed.weight, packed.scale)
+    torch.library.opcheck(torch.ops.qlinear.prepacked_product.default, args)
+    wanted = args[0].double() @ packed.dequantize(torch.float64).t()
+    torch.testing.assert_close(torch.ops.qlinear.prepacked_product(*args).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jit's own
@@ -209,7 +217,7 @@ def test_other_weights_have_no_such_layout(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("amx", "fbgemm", "side", "wanted"),
-    [(True, True, 2048, "onednn"), (True, True, 2047, "cpu"), (False, True, 512, "fbgemm"), (False, True, 511, "cpu"),
+    [(True, True, 2048, "onednn"), (True, True, 2047, "cpu"), (False, True, 725, "fbgemm"), (False, True, 724, "cpu"),
      (False, False, 2048, "onednn"), (False, False, 2047, "cpu")],
 )  # fmt: skip
 def test_which_is_for_which_machine(
@@ -224,7 +232,7 @@ def test_which_is_for_which_machine(
 def test_a_machine_without_either_has_the_cpu_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepacked, "VNNI", False)
     monkeypatch.setattr(prepacked, "_fbgemm_is_exact", lambda: False)
-    assert layer(512, 512).layout == "cpu"
+    assert layer(1024, 512).layout == "cpu"
     for name in prepacked.OPERATORS:
         with pytest.raises(ValueError, match=f"{name!r} is for w8a8"):
             random_packed(W8A8, 64, 128).to_layout(name)

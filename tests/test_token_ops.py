@@ -82,7 +82,7 @@ def test_on_a_cpu_the_compiler_sees_all_but_a_weight_in_a_library_s_order(layout
     monkeypatch.setattr(cpu, "_SATURATES", False)
     module = qlinear.prepare(converted_siblings(), layout)
     calls = traced_calls(module, torch.randn(5, 64, dtype=torch.bfloat16))
-    assert calls["aten._int_mm.default" if layout == "cpu" else "qlinear.rounded_linear.default"] == 3
+    assert calls["aten._int_mm.default" if layout == "cpu" else "qlinear.prepacked_product.default"] == 3
     assert calls["aten.round.default"] == 3
     assert layout != "cpu" or not any(name.startswith("qlinear") for name in calls)
 
