@@ -22,7 +22,8 @@ from bench.predict import BLOCK_DENSITY, Resources, Step, blocks_per_sm, dequant
 from bench.problems import Problem
 from qlinear.format import BLOCK_K, FORMATS, Format
 from qlinear.kernels.blocks import choose_block_config
-from qlinear.kernels.configs import Config, choose_config, multiplies_bytes, token_bytes
+from qlinear.kernels.configs import Config, choose_config
+from qlinear.kernels.tile_table import multiplies_bytes, token_bytes
 from qlinear.machines import MACHINES, Machine, arch_name
 
 #: Those whose kernels are counted here; unstructured ones are in :mod:`bench.bitmaps`.

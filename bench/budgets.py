@@ -14,7 +14,7 @@ from bench.cubins import DTYPES, Job
 from bench.predict import traffic
 from bench.problems import Problem, problems
 from qlinear.format import FORMATS
-from qlinear.kernels.configs import token_bytes
+from qlinear.kernels.tile_table import token_bytes
 from qlinear.machines import MACHINES, Machine
 
 

@@ -109,7 +109,7 @@ def error_of(way: Any, wanted: Tensor, bound: float) -> Result:
 
 def bucket_ends(many: Any = ()) -> list[tuple[int, int]]:
     """The fewest and the most tokens of every bucket that one configuration serves."""
-    from qlinear.kernels.configs import M_BUCKETS
+    from qlinear.kernels.tile_table import M_BUCKETS
 
     ends = [(low + 1, high) for low, high in pairwise((0, *M_BUCKETS))]
     return [*ends, (min(many), max(many))] if many else ends

@@ -87,8 +87,8 @@ def warm(cases: Iterable[Case], job: Job, seconds: float) -> list[str]:
 
 def distinct(cases: Sequence[Case], device: torch.device) -> list[Case]:
     """One case for each kernel: M and N count by the configuration they lead to, or by the bucket of M."""
-    from qlinear.kernels.configs import M_BUCKETS
     from qlinear.kernels.runtime import target_of
+    from qlinear.kernels.tile_table import M_BUCKETS
     from qlinear.kernels.tuned import config_on, fused_tokens_on
 
     target = target_of(device)

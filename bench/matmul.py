@@ -272,7 +272,7 @@ def _row(
     machine = machine_of(settings.device)
     if machine is not None:
         # Triton is imported where there is a GPU.
-        from qlinear.kernels.configs import multiplies_bytes
+        from qlinear.kernels.tile_table import multiplies_bytes
 
         least = floor_seconds(
             machine, packed.nbytes, m, n, k, x.itemsize, multiplies_bytes(packed.format, machine.capability)

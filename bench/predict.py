@@ -1,8 +1,9 @@
 """From counts to time: how many programs a multiprocessor holds, what a problem moves, how long it takes at least.
 
-A prediction is a bound, the largest of what the memory, the L2 cache, the issue slots and the tensor cores need; it
-knows no launch and no first wave of latency. Where the operator leaves the kernel for the vendor's matmul is decided by
-:mod:`qlinear.kernels.crossover`.
+A prediction is a bound, the largest of what the memory, the L2 cache, the issue slots and the tensor cores need, and
+then the sum of the parts of K; it knows no launch and no first wave of latency. Tensor cores are charged what large
+products reach, and 0.87 of that where the weight is decoded on the way: see :mod:`qlinear.kernels.estimate`. Where the
+operator leaves the kernel for the vendor's matmul is decided by :mod:`qlinear.kernels.crossover`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch
 from bench.problems import Problem
 from bench.sass import Loop
 from qlinear.format import BLOCK_K, TILE_N, Format
-from qlinear.kernels.configs import Config, multiplies_bytes, token_bytes
+from qlinear.kernels.configs import Config
 from qlinear.kernels.crossover import fused_tokens
+from qlinear.kernels.estimate import adding_seconds, macs_per_s
+from qlinear.kernels.tile_table import token_bytes
 from qlinear.machines import Machine
 
 #: Shared memory the driver takes of every block, and the columns of tensor memory of a multiprocessor (CUDA
@@ -180,7 +183,7 @@ def predict(
     times["l2"] = moved.l2 / machine.l2_bytes_per_s
     # The sum of issue and products is a wait only if it is more than either.
     bound = max(times, key=lambda name: (times[name], name != "wait"))
-    seconds = times[bound]
+    seconds = times[bound] + adding_seconds(config.block_m * config.block_n, config.split_k, machine)
     if fmt.quantized_activations:
         seconds += 3 * problem.m * problem.k / machine.stream_bytes_per_s
     floor = moved.weight / machine.stream_bytes_per_s
@@ -195,7 +198,4 @@ def dequantizes(problem: Problem, fmt: Format, dtype: torch.dtype, machine: Mach
 
 def macs_per_clock(fmt: Format, machine: Machine) -> float:
     """Multiply-adds of one multiprocessor's tensor cores."""
-    # float8 with float32 sums runs at twice the rate of 16 bit on all that have it.
-    twice = 2 if multiplies_bytes(fmt, machine.capability) else 1
-    operations = machine.int8_ops if fmt.integer_activations else machine.fp16_flops * twice
-    return operations / 2 / machine.sms / machine.clock_hz
+    return macs_per_s(fmt, machine) / machine.clock_hz

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from qlinear.format import Format
 from qlinear.kernels.checks import check_blocks
-from qlinear.kernels.configs import M_BUCKETS, Config, bucket_of
+from qlinear.kernels.configs import Config, bucket_of
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.epilogue import share_partials, split_buffers, store_output
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability, Target, aligned, device_guard, target_of
+from qlinear.kernels.tile_table import M_BUCKETS, TILE_TOKENS
 from qlinear.kernels.tiles import concat, scale_planes
 
 #: K of a row of blocks is split so that the device is full, but a program keeps this many blocks ...
@@ -112,11 +113,11 @@ def choose_block_config(
 ) -> Config:
     """The configuration for x ``[m, K]`` of ``dtype`` and a weight of n rows with ``blocks`` stored blocks."""
     assert fmt.block
-    bucket = min(bucket_of(m), M_BUCKETS[-1])
+    bucket = min(bucket_of(m), TILE_TOKENS)
     block_m, warps, stages = _tile(bucket, dtype, capability)
     rows, split = -(-n // fmt.block), 1
     tiles = rows * -(-m // block_m)
-    if m <= M_BUCKETS[-1] and tiles <= MAX_SPLIT_TILES:
+    if m <= TILE_TOKENS and tiles <= MAX_SPLIT_TILES:
         wanted = num_sms * _WARPS // warps // tiles
         # Of one row of blocks, and of the sums of one part of it.
         stored, partial = blocks / rows * fmt.block**2 * fmt.bits / 8, 4 * bucket * fmt.block
@@ -127,7 +128,7 @@ def choose_block_config(
 def shipped_block_configs(fmt: Format, dtype: torch.dtype, capability: Capability) -> list[Config]:
     """Every configuration :func:`choose_block_config` can return, up to ``split_k``."""
     assert fmt.block
-    tiles = dict.fromkeys(_tile(bucket, dtype, capability) for bucket in M_BUCKETS)
+    tiles = dict.fromkeys(_tile(bucket, dtype, capability) for bucket in M_BUCKETS if bucket <= TILE_TOKENS)
     return [Config(block_m, fmt.block, warps, stages) for block_m, warps, stages in tiles]
 
 

@@ -13,56 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from qlinear.format import BLOCK_K, Format
-from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability, has_fp8
-
-#: Tokens are rounded up to the next of these; more than the last are covered by tiles of the last.
-M_BUCKETS = (8, 16, 64, 128)
-#: Stands for the bucket of more tokens than that.
-MANY = 2 * M_BUCKETS[-1]
-
-_Tiles = dict[int, tuple[tuple[int, int, int], ...]]
-
-#: (BLOCK_M, BLOCK_N, warps) by bucket, widest first: every program reads its tokens again, so a wide BLOCK_N saves
-#: traffic where there are programs enough. A tile is as large as its sums fit into registers: a test compiles them
-#: all and finds no spill.
-_AMPERE_TILES: _Tiles = {
-    8: ((8, 128, 4),),
-    16: ((16, 128, 4),),
-    64: ((64, 64, 4),),
-    128: ((128, 128, 8),),
-}
-_HOPPER_TILES: _Tiles = _AMPERE_TILES | {
-    8: ((8, 256, 4), (8, 128, 4)),
-    16: ((16, 256, 4), (16, 128, 4)),
-    64: ((64, 256, 8), (64, 128, 4)),
-}
-#: Two warpgroups that each have all 128 tokens keep the decoded weight in registers (w4a16: 3.3 instructions a weight);
-#: in a tile of 128x128 they share it through shared memory (5.7). Only the sums of int4 leave registers enough.
-_HOPPER_TILES_INT4: _Tiles = _HOPPER_TILES | {128: ((128, 256, 8), (128, 128, 8))}
-#: 2:4 on mma.sync: the warps along the tokens each expand the weight, which takes registers too.
-_AMPERE_TILES_24: _Tiles = _AMPERE_TILES | {128: ((64, 128, 8),)}
-_BLACKWELL_TILES: _Tiles = _AMPERE_TILES | {16: ((16, 256, 8),), 64: ((64, 128, 4),)}
-#: 16-bit floats of a 2:4 weight: a wide tile of them does not fit into the registers of 4 warps.
-_HOPPER_TILES_16: _Tiles = _AMPERE_TILES | {64: ((64, 256, 8), (64, 128, 8))}
-#: int8 in groups: their scales do not fit into registers beside a wide tile.
-_HOPPER_TILES_INT8_GROUPS: _Tiles = _HOPPER_TILES | {16: ((16, 128, 4),)}
-#: int8 and 16 bits of a 2:4 weight, expanded, do not fit into registers beside a wide tile.
-_BLACKWELL_TILES_24: _Tiles = _BLACKWELL_TILES | {16: ((16, 128, 4),), 64: ((64, 128, 8),)}
-#: Groups of 32: a warpgroup's product per group takes 4.6 instructions a weight, mma.sync of two warps half as many.
-_BLACKWELL_TILES_32: _Tiles = _BLACKWELL_TILES | {16: ((16, 128, 2),)}
-#: float8 as a whole warpgroup multiplies it: a tile of 8 tokens would be converted to float16 first.
-_FP8_TILES: dict[int, _Tiles] = {
-    9: _HOPPER_TILES | {8: _HOPPER_TILES[16]},
-    10: _BLACKWELL_TILES | {8: _BLACKWELL_TILES[16]},
-}
-_AMD_TILES: _Tiles = {8: ((16, 128, 4),), 16: ((16, 128, 4),), 64: ((64, 128, 4),), 128: ((128, 128, 8),)}
-#: 2:4 in bfloat16 spills in a tile of 128 tokens.
-_AMD_TILES_24: _Tiles = _AMD_TILES | {128: ((64, 128, 4),)}
-#: float32 is there to be right: three products for one leave no registers for more.
-_FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((8, 64, 4),))
-#: ptxas spills a few registers of 4 warps in groups of 64.
-_BLACKWELL_FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((8, 128, 8),))
-_AMD_FLOAT32_TILES: _Tiles = dict.fromkeys(M_BUCKETS, ((16, 64, 4),))
+from qlinear.kernels.estimate import kernel_seconds, machine_for
+from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability
+from qlinear.kernels.tile_table import M_BUCKETS, MANY, Tile, multiplies_bytes, tiles_of, token_bytes
 
 #: Shared memory a program can have in KiB, by capability; others have 99 (sm_86, sm_89, sm_120) or, on AMD, 64.
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
@@ -71,6 +24,8 @@ _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227
 _MIN_BLOCKS = 4
 #: ... and partial sums, which stay in the L2 cache, this share of the bytes of the weight.
 _MAX_PARTIALS = 0.5
+#: Up to here the way of the weight from memory is all that counts.
+_FEW = 16
 
 
 @dataclass(frozen=True)
@@ -144,23 +99,50 @@ def choose_config(
         found = measured.get((fmt.name, dtype, bucket, n, k))
         if found is not None:
             return found
-    return _choose(min(bucket, M_BUCKETS[-1]), bucket == MANY, n, k, fmt, dtype, capability, num_sms)
+    return _choose(bucket, n, k, fmt, dtype, capability, num_sms)
 
 
 # Asked before every launch, always for the same few problems.
 @functools.cache
 def _choose(
-    bucket: int, more: bool, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
+    bucket: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
 ) -> Config:
-    for tile in _tiles(bucket, fmt, dtype, capability):
+    pick = _few_tokens if bucket <= _FEW else _many_tokens
+    tile, split = pick(bucket, n, k, fmt, dtype, capability, num_sms)
+    return Config(*tile, _num_stages(*tile, fmt, dtype, capability), split)
+
+
+def _few_tokens(
+    bucket: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
+) -> tuple[Tile, int]:
+    """The widest tile that fills the device, and the parts of K: what the weight's way from memory takes counts."""
+    for tile in tiles_of(bucket, fmt, dtype, capability):
         _, block_n, num_warps = tile
         tiles = -(-n // block_n)
         # Programs of 4 warps run two to a multiprocessor.
         wanted = num_sms * 8 // num_warps // tiles
-        split = 1 if more else _split_k(wanted, tiles, bucket, k, fmt)
+        split = _split_k(wanted, tiles, bucket, k, fmt)
         if tiles * split >= 0.75 * num_sms:
             break
-    return Config(*tile, _num_stages(*tile, fmt, dtype, capability), split)
+    return tile, split
+
+
+def _many_tokens(
+    bucket: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
+) -> tuple[Tile, int]:
+    """The tile and the parts of K that take the least time by count, for as many tokens as the bucket has."""
+    machine, blocks = machine_for(capability, num_sms), -(-k // BLOCK_K)
+
+    def parts(tile: Tile) -> Iterator[int]:
+        """Of K: no more than there are processors for; an open number of tokens is not split."""
+        tiles = -(-bucket // tile[0]) * -(-n // tile[1])
+        most = 1 if bucket == MANY or tiles > MAX_SPLIT_TILES else min(2 * num_sms // tiles, blocks // _MIN_BLOCKS)
+        yield from (split for split in range(1, max(1, most) + 1) if _no_empty_part(blocks, split) == split)
+
+    choices = [(tile, split) for tile in tiles_of(bucket, fmt, dtype, capability) for split in parts(tile)]
+    times = [kernel_seconds(bucket, n, k, fmt, dtype, machine, *choice) for choice in choices]
+    # The first, which is the widest in the fewest parts, of those that are as good as equal.
+    return next(choice for choice, time in zip(choices, times, strict=True) if time <= 1.03 * min(times))
 
 
 def dense_rows(m: int, n: int, k: int, itemsize: int, num_sms: int, l2_bytes: int) -> int:
@@ -181,29 +163,30 @@ def refusal(
 ) -> str | None:
     """Why a configuration cannot be used for a problem, None where it can: what is tuned is held to this.
 
-    A tile has the tokens of its bucket and rows that divide by :data:`~qlinear.format.TILE_N`; its buffers fit the
-    shared memory of a processor; no part of K is empty; many tokens, whose number is open, are not split.
+    A tile has tokens that its bucket's tiles have and rows that divide by :data:`~qlinear.format.TILE_N`; its buffers
+    fit the shared memory of a processor; no part of K is empty; many tokens, whose number is open, are not split.
     """
-    block_m = _tiles(min(bucket, M_BUCKETS[-1]), fmt, dtype, capability)[0][0]
+    tokens = {block_m for block_m, _, _ in tiles_of(bucket, fmt, dtype, capability)}
     # Two warps have no registers for more.
-    warps = (2, 4, 8) if block_m <= 16 else (4, 8)
-    if config.block_m != block_m or config.block_n not in (64, 128, 256) or config.num_warps not in warps:
+    warps = (2, 4, 8) if config.block_m <= 16 else (4, 8)
+    if config.block_m not in tokens or config.block_n not in (64, 128, 256) or config.num_warps not in warps:
         return f"no tile of {bucket} tokens is {config.block_m}x{config.block_n} in {config.num_warps} warps"
     shared = shared_bytes(capability)
-    buffers = (config.num_stages - 1) * sum(_tile_bytes(block_m, config.block_n, fmt, dtype, capability))
+    buffers = (config.num_stages - 1) * sum(_tile_bytes(config.block_m, config.block_n, fmt, dtype, capability))
     if not 2 <= config.num_stages <= 6 or buffers > shared:
         return f"{config.num_stages} buffers are not 2 to 6, or more than {shared >> 10} KiB"
     blocks, split = -(-k // BLOCK_K), config.split_k
-    if split < 1 or split > blocks or -(-blocks // -(-blocks // split)) != split:
+    if split < 1 or split > blocks or _no_empty_part(blocks, split) != split:
         return f"{blocks} blocks along K cannot be cut into {split} parts"
-    if split > 1 and (bucket == MANY or -(-n // config.block_n) > MAX_SPLIT_TILES):
+    tiles = -(-bucket // config.block_m) * -(-n // config.block_n)
+    if split > 1 and (bucket == MANY or tiles > MAX_SPLIT_TILES):
         return "K is split for few tokens and few tiles only"
     return None
 
 
 def shipped_configs(fmt: Format, dtype: torch.dtype, capability: Capability) -> Iterator[Config]:
     """Every configuration :func:`choose_config` can return, up to ``split_k``, which is not compiled in."""
-    for tile in dict.fromkeys(tile for bucket in M_BUCKETS for tile in _tiles(bucket, fmt, dtype, capability)):
+    for tile in dict.fromkeys(tile for bucket in M_BUCKETS for tile in tiles_of(bucket, fmt, dtype, capability)):
         yield Config(*tile, _num_stages(*tile, fmt, dtype, capability))
 
 
@@ -212,44 +195,9 @@ def bucket_of(m: int) -> int:
     return next((bucket for bucket in M_BUCKETS if m <= bucket), MANY)
 
 
-def multiplies_bytes(fmt: Format, capability: Capability) -> bool:
-    """Whether tensor cores multiply 8-bit numbers: int8, or e4m3 where they know it."""
-    return fmt.integer_activations or (fmt.quantized_activations and has_fp8(capability))
-
-
 def shared_bytes(capability: Capability) -> int:
     """The most shared memory that one program can have."""
     return (64 if isinstance(capability, str) else _SHARED_KIB.get(capability, 99)) << 10
-
-
-def token_bytes(fmt: Format, dtype: torch.dtype, capability: Capability) -> int:
-    """Bytes of one number of a token as it is multiplied; e4m3 that is not multiplied as it is takes 2 (float16)."""
-    if multiplies_bytes(fmt, capability):
-        return 1
-    return 2 if fmt.quantized_activations else dtype.itemsize
-
-
-def _tiles(bucket: int, fmt: Format, dtype: torch.dtype, capability: Capability) -> tuple[tuple[int, int, int], ...]:
-    if isinstance(capability, str):
-        tiles = _AMD_TILES_24 if fmt.sparsity == "2:4" else _AMD_TILES
-        return (_AMD_FLOAT32_TILES if dtype == torch.float32 else tiles)[bucket]
-    if dtype == torch.float32:
-        return (_BLACKWELL_FLOAT32_TILES if capability[0] == 10 else _FLOAT32_TILES)[bucket]
-    if fmt.group_size == 32 and capability[0] == 10:
-        return _BLACKWELL_TILES_32[bucket]
-    if fmt.group_size is not None and fmt.bits == 8 and capability[0] == 9:
-        return _HOPPER_TILES_INT8_GROUPS[bucket]
-    if fmt.sparsity == "2:4" and capability[0] not in (9, 10):
-        return _AMPERE_TILES_24[bucket]
-    if fmt.sparsity == "2:4" and capability[0] == 10 and fmt.bits != 4:
-        return _BLACKWELL_TILES_24[bucket]
-    if fmt.bits == 16 and capability[0] == 9:
-        return _HOPPER_TILES_16[bucket]
-    if fmt.packing == "planar4" and capability[0] == 9:
-        return _HOPPER_TILES_INT4[bucket]
-    if fmt.packing == "rows_e4m3" and capability[0] in _FP8_TILES:
-        return _FP8_TILES[capability[0]][bucket]
-    return {9: _HOPPER_TILES, 10: _BLACKWELL_TILES}.get(capability[0], _AMPERE_TILES)[bucket]
 
 
 def _split_k(wanted: int, tiles: int, bucket: int, k: int, fmt: Format) -> int:
@@ -259,7 +207,11 @@ def _split_k(wanted: int, tiles: int, bucket: int, k: int, fmt: Format) -> int:
     split = max(1, min(wanted, blocks // _MIN_BLOCKS, affordable))
     if tiles > MAX_SPLIT_TILES:
         return 1
-    # The smallest split with as many blocks per program, so that none is empty.
+    return _no_empty_part(blocks, split)
+
+
+def _no_empty_part(blocks: int, split: int) -> int:
+    """The smallest split with as many blocks per program."""
     return -(-blocks // -(-blocks // split))
 
 

@@ -45,9 +45,13 @@ def share_partials(
     if is_last:
         tl.store(counter_ptr + tile, 0)
         acc = tl.zeros_like(acc)
-        for s in range(splits):
-            # .cg: not from L1, which other processors' writes do not reach.
-            acc += tl.load(ptrs + s * (BLOCK_M * BLOCK_N), mask=mask, other=0, cache_modifier=".cg")
+        # As many parts are on their way at a time as registers hold: one by one each is a trip to the L2 cache.
+        AHEAD: tl.constexpr = max(1, min(8, 16384 // (BLOCK_M * BLOCK_N)))
+        for s in range(0, splits, AHEAD):
+            for i in tl.static_range(AHEAD):
+                # .cg: not from L1, which other processors' writes do not reach.
+                there = mask & (s + i < splits)
+                acc += tl.load(ptrs + (s + i) * (BLOCK_M * BLOCK_N), mask=there, other=0, cache_modifier=".cg")
     return acc, is_last
 
 

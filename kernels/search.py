@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 
 from qlinear.format import BLOCK_K, FORMATS, Format
-from qlinear.kernels.configs import M_BUCKETS, MANY, Config, bucket_of, choose_config, refusal
-from qlinear.kernels.crossover import MOST_TOKENS
+from qlinear.kernels.configs import Config, bucket_of, choose_config, refusal
+from qlinear.kernels.crossover import ENDS, MOST_TOKENS
 from qlinear.kernels.runtime import Target
+from qlinear.kernels.tile_table import M_BUCKETS, MANY, tiles_of
 from qlinear.kernels.tuned import Table
 
 #: A candidate must be so many times as fast as the best so far, twice: less is noise.
@@ -19,7 +20,7 @@ GAIN = 1.02
 #: Rows and warps of a tile.
 _SHAPES = ((128, 4), (256, 4), (256, 8), (64, 4), (128, 8), (128, 2))
 #: Tokens at which the kernel is compared with the vendor's matmul.
-_STEPS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, MOST_TOKENS)
+_STEPS = (256, 512, 768, 1024, 1536, 2048, 3072, MOST_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Found:
 
 def neighbours(config: Config, problem: Problem, target: Target) -> list[Config]:
     """Usable configurations one or two steps from ``config``: a tile's rows and warps, buffers, parts of K."""
-    found = []
+    tiles = tiles_of(problem.bucket, problem.format, problem.dtype, target.capability)
+    found = [replace(config, block_m=tile[0], block_n=tile[1], num_warps=tile[2]) for tile in tiles]
     for block_n, warps in _SHAPES:
         # As many programs as before, or parts as long as before.
         for split in (max(1, config.split_k * block_n // config.block_n), config.split_k):
@@ -148,12 +150,12 @@ def search(problem: Problem, target: Target, gauge: Gauge, late: Callable[[], bo
 
 def search_crossover(problem: Problem, target: Target, gauge: Gauge, late: Callable[[], bool], table: Table) -> Found:
     """The number of tokens after which the kernel is slower, from few to many; nothing where that came too late."""
-    found, most = Found(problem), M_BUCKETS[-1]
-    many = replace(problem, bucket=MANY)
-    config = table.configs.get((many.scheme, many.dtype, MANY, many.n, many.k)) or default_config(many, target)
+    found, most = Found(problem), ENDS[0]
     for tokens in _STEPS:
         if late():
             return found
+        one = replace(problem, bucket=bucket_of(tokens))
+        config = table.configs.get((one.scheme, one.dtype, one.bucket, one.n, one.k)) or default_config(one, target)
         kernel, vendor = gauge.paths(problem, tokens, config)
         if vendor < kernel:
             break

@@ -22,11 +22,14 @@ import triton
 
 from qlinear.cache import cache_folder
 from qlinear.format import FORMATS, Format
-from qlinear.kernels.configs import M_BUCKETS, MANY, Config, choose_config, refusal
-from qlinear.kernels.crossover import MOST_TOKENS, fused_tokens
+from qlinear.kernels.configs import Config, choose_config, refusal
+from qlinear.kernels.crossover import ENDS, fused_tokens
 from qlinear.kernels.runtime import Capability, Target, gpu_target, target_of
+from qlinear.kernels.tile_table import M_BUCKETS, MANY
 from qlinear.tables import write_json
 
+#: What kernels are configured with, beside the kernels themselves.
+_CHOOSING = ("configs.py", "estimate.py", "tile_table.py")
 #: Of the file's form.
 VERSION = 1
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -109,7 +112,7 @@ def kernels_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text = path.read_bytes()
-        if b"@triton.jit" in text or path.name == "configs.py":
+        if b"@triton.jit" in text or path.name in _CHOOSING:
             digest.update(path.name.encode() + b"\0" + text)
     return digest.hexdigest()[:12]
 
@@ -246,7 +249,7 @@ def _read_configs(table: Table, entries: Iterable[dict[str, Any]], capability: C
 def _read_crossovers(table: Table, entries: Iterable[dict[str, Any]]) -> None:
     for entry in entries:
         scheme, dtype, most = entry["scheme"], _DTYPES[entry["dtype"]], _positive(entry["fused_tokens"])
-        if FORMATS[scheme].quantized_activations or most % M_BUCKETS[-1] or most > MOST_TOKENS:
+        if FORMATS[scheme].quantized_activations or most not in ENDS:
             raise ValueError(f"{scheme} cannot leave the kernel after {most} tokens")
         table.crossovers[scheme, dtype, _positive(entry["n"]), _positive(entry["k"])] = most
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from models import run_python
 
 from bench import coldstart
 from bench.gpu_job import Job
-from qlinear.kernels.configs import M_BUCKETS
+from qlinear.format import FORMATS
+from qlinear.kernels.configs import choose_config
+from qlinear.kernels.tile_table import M_BUCKETS
 
 #: The real launchers and Triton's own specialization for an H100 that is not there: what would be compiled is written
 #: down by the hook that Triton calls first, and is not compiled. Prints the kernels of each call that are new.
@@ -77,8 +80,13 @@ def test_every_number_of_tokens_of_a_bucket_has_one_kernel() -> None:
     ends = [0, *M_BUCKETS]
     tokens = [m for low, high in itertools.pairwise(ends) for m in (low + 1, low + 3, high)]
     calls = [("w4a16-g32", 512, 512, m) for m in tokens]
-    # A token alone, several, and all: the first of each bucket compiles, the others do not.
-    assert compiled(calls) == [["_matmul_kernel"] if i % 3 == 0 else [] for i in range(len(tokens))]
+    fmt, seen, wanted = FORMATS["w4a16-g32"], set(), []
+    # A token alone, several, and all: the first of a tile compiles, what has the same one does not.
+    for m in tokens:
+        tile = replace(choose_config(m, 512, 512, fmt, torch.float16, (9, 0), 132), split_k=1)
+        wanted.append([] if tile in seen else ["_matmul_kernel"])
+        seen.add(tile)
+    assert compiled(calls) == wanted and [len(w) for w in wanted[:9]] == [1, 0, 0] * 3
 
 
 def test_making_a_layer_compiles_and_imports_nothing() -> None:

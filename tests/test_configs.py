@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlinear.format import DENSE
-from qlinear.kernels.configs import M_BUCKETS, choose_config, dense_rows, shipped_configs, token_bytes
+from qlinear.kernels.configs import choose_config, dense_rows, shipped_configs
 from qlinear.kernels.runtime import MAX_SPLIT_TILES
+from qlinear.kernels.tile_table import M_BUCKETS, token_bytes
 
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), "gfx942", "gfx1100"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

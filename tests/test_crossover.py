@@ -13,17 +13,10 @@ from bench.audit import audit
 from bench.cubins import DTYPES, Job
 from bench.problems import Problem
 from qlinear.format import DENSE
-from qlinear.kernels.configs import M_BUCKETS, choose_config, dense_rows
-from qlinear.kernels.crossover import (
-    LAUNCH,
-    MOST_TOKENS,
-    SLOTS,
-    dequantize_seconds,
-    fused_seconds,
-    fused_tokens,
-    machine_for,
-    vendor_seconds,
-)
+from qlinear.kernels.configs import dense_rows, shipped_configs
+from qlinear.kernels.crossover import ENDS, LAUNCH, dequantize_seconds, fused_seconds, fused_tokens, vendor_seconds
+from qlinear.kernels.estimate import SLOTS, kernel_seconds, machine_for
+from qlinear.kernels.tile_table import M_BUCKETS
 from qlinear.machines import MACHINES
 
 H200 = ((9, 0), 132, 50 << 20)
@@ -42,9 +35,9 @@ ROUNDED = [fmt for fmt in DENSE.values() if fmt.quantized_activations]
     kept=st.booleans(),
 )
 def test_it_lies_between_tiles_of_tokens(n, k, fmt, capability, num_sms, kept):
-    """A row has the same bits within an M bucket, which ends at 128 tokens: no crossover lies within one."""
+    """A row has the same bits within an M bucket: no crossover lies within one."""
     most = fused_tokens(n, k, fmt, torch.bfloat16, capability, num_sms, 50 << 20, kept)
-    assert most is not None and most % M_BUCKETS[-1] == 0 and M_BUCKETS[-1] <= most <= MOST_TOKENS
+    assert most in ENDS and (most in M_BUCKETS or (most > M_BUCKETS[-1] and most % 128 == 0))
 
 
 @pytest.mark.parametrize("fmt", ROUNDED, ids=str)
@@ -63,17 +56,18 @@ def test_it_is_where_the_two_predictions_cross(name, n, k):
     most = fused_tokens(n, k, fmt, torch.bfloat16, *H200)
 
     def kernel_wins(m):
-        slices = -(-n // dense_rows(m, n, k, 2, h200.sms, h200.l2_bytes))
-        other = dequantize_seconds(m, n, k, fmt, h200) + LAUNCH * (2 * slices - 1)
-        return fused_seconds(m, n, k, fmt, torch.bfloat16, h200) <= other
+        return fused_seconds(m, n, k, fmt, torch.bfloat16, h200) <= dequantize_seconds(m, n, k, fmt, h200)
 
-    assert all(kernel_wins(m) for m in range(256, most + 1, 128)) and not kernel_wins(most + 128)
+    before = [m for m in ENDS[1:] if m <= most]
+    assert all(map(kernel_wins, before)) and not kernel_wins(next(m for m in ENDS if m > most))
 
 
-def test_layers_too_narrow_to_fill_the_processors_cross_first():
-    fmt = DENSE["w4a16"]
-    most = [fused_tokens(n, 8192, fmt, torch.bfloat16, *H200) for n in (1024, 8192)]
-    assert most == [128, 256]
+def test_every_slice_of_the_dense_weight_costs_two_launches():
+    fmt, h200 = DENSE["w4a16"], MACHINES["H200"]
+    slices = -(-28672 // dense_rows(4096, 28672, 8192, 2, h200.sms, h200.l2_bytes))
+    moved = (fmt.weight_bytes(28672, 8192) + 2 * 28672 * 8192) / h200.stream_bytes_per_s
+    extra = dequantize_seconds(4096, 28672, 8192, fmt, h200) - vendor_seconds(4096, 28672, 8192, h200)
+    assert slices > 1 and extra == pytest.approx(moved + LAUNCH * (2 * slices - 1))
 
 
 def test_a_slow_memory_moves_it_up():
@@ -93,23 +87,30 @@ def test_a_kept_copy_is_taken_earlier():
 def test_a_measurement_wins_but_not_over_a_kept_copy():
     fmt, measured = DENSE["w4a16"], {("w4a16", torch.bfloat16, 8192, 8192): 2048}
     assert fused_tokens(8192, 8192, fmt, torch.bfloat16, *H200, measured=measured) == 2048
-    assert fused_tokens(8192, 8192, fmt, torch.float16, *H200, measured=measured) == 256
-    assert fused_tokens(8192, 8192, fmt, torch.bfloat16, *H200, kept=True, measured=measured) == 128
+    assert fused_tokens(8192, 8192, fmt, torch.float16, *H200, measured=measured) == fused_tokens(
+        8192, 8192, fmt, torch.float16, *H200
+    )
+    assert fused_tokens(8192, 8192, fmt, torch.bfloat16, *H200, kept=True, measured=measured) < 2048
 
 
 def test_the_seconds_of_a_made_up_machine():
     machine = replace(
-        MACHINES["A100"], sms=10, clock_hz=1e9, memory_bytes_per_s=1e12, fp16_flops=20e12, l2_bytes_per_clock=10_000
+        MACHINES["A100"], sms=10, clock_hz=1e9, memory_bytes_per_s=1e12, fp16_flops=20e12, l2_bytes=1 << 30
     )
     fmt = DENSE["w8a16"]
     # Two tiles of tokens by 10 of 128 rows: each processor has two, of 10 blocks of 128 along K.
     weights = 2 * 1280 * 128
-    issue, tensor = weights * SLOTS[8, 128][0] / 128 / 1e9, 2 * weights * 128 / (2e12 * 0.52)
-    assert fused_seconds(256, 1280, 1280, fmt, torch.float16, machine) == pytest.approx(max(issue, tensor))
+    issue, tensor = weights * SLOTS[8, 128, 128].channel / 128 / 1e9, 2 * weights * 128 / (2e12 * 0.8 * 0.87)
+    seconds = kernel_seconds(256, 1280, 1280, fmt, torch.float16, machine, (128, 128, 8), 1)
+    assert seconds == pytest.approx(max(issue, tensor))
+    # In two parts each processor has four, of half as many blocks; one of them adds two parts of 128 x 128 sums.
+    added = 2 * 128 * 128 * 4 / (5120 / 108 * 1e9)
+    split = kernel_seconds(256, 1280, 1280, fmt, torch.float16, machine, (128, 128, 8), 2)
+    assert split == pytest.approx(seconds + added)
     assert vendor_seconds(256, 1280, 1280, machine) == pytest.approx(2 * 256 * 1280 * 1280 / 16e12)
-    # 1280 * 1280 codes, a scale a row, and the dense weight at 0.9 TB/s.
+    # 1280 * 1280 codes, a scale a row, and the dense weight at 0.9 TB/s; one kernel more.
     extra = dequantize_seconds(256, 1280, 1280, fmt, machine) - vendor_seconds(256, 1280, 1280, machine)
-    assert extra == pytest.approx((1280 * 1280 * 3 + 1280 * 2) / 0.9e12)
+    assert extra == pytest.approx((1280 * 1280 * 3 + 1280 * 2) / 0.9e12 + LAUNCH)
 
 
 def test_half_a_gpu_has_half_of_everything():
@@ -122,16 +123,21 @@ def test_half_a_gpu_has_half_of_everything():
 def test_the_slots_are_those_of_the_machine_code(tmp_path):
     """Recounts the formats that set the table's numbers for Ampere and Hopper."""
     jobs = {}
-    for scheme, n, bound in (
-        ("w8a16-g64", 8192, (8, 128)),
-        ("w4a16-g32-asym", 28672, (9, 256)),
-        ("w8a16-g32", 8192, (9, 128)),
-        ("w8a16-fp8", 8192, (9, 128)),
+    for scheme, bound, warps, kind in (
+        ("w8a16-g64", (8, 128, 128), 8, "grouped"),
+        ("w8a16-g64", (8, 64, 64), 4, "grouped"),
+        ("w4a16-g32-asym", (9, 128, 256), 8, "grouped"),
+        ("w8a16-g32", (9, 128, 128), 8, "grouped"),
+        ("w8a16-fp8", (9, 128, 128), 8, "channel"),
+        ("w8a16-g32", (9, 64, 128), 4, "grouped"),
+        ("w4a8", (9, 64, 128), 4, "grouped8"),
+        ("fp8", (9, 64, 128), 4, "channel8"),
     ):
-        config = choose_config(256, n, 8192, DENSE[scheme], DTYPES["bf16"], (bound[0], 0), 132)
-        assert (config.block_m, config.block_n) == (128, bound[1])
-        jobs[Job(scheme, "bf16", (bound[0], 0), config)] = bound
+        fmt, capability = DENSE[scheme], (bound[0], 0)
+        shipped = shipped_configs(fmt, DTYPES["bf16"], capability)
+        config = next(c for c in shipped if (c.block_m, c.block_n, c.num_warps) == (*bound[1:], warps))
+        jobs[Job(scheme, "bf16", capability, config)] = bound, kind
     found = audit({job: Problem("", "", 256, 8192, 8192) for job in jobs}, tmp_path)
-    for job, bound in jobs.items():
-        table = SLOTS[bound][job.format.group_size is not None]
+    for job, (bound, kind) in jobs.items():
+        table = getattr(SLOTS[bound], kind)
         assert 0.9 * table <= found[job].kernel.slots_per_weight <= 1.03 * table, job

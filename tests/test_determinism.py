@@ -9,7 +9,8 @@ from helpers import random_tokens, random_weight
 from bench.gpu_checks import bucket_ends, differing_replays, differing_runs, rows_that_change
 from qlinear.format import DENSE, Format
 from qlinear.kernels.activations import quantize_activations
-from qlinear.kernels.configs import M_BUCKETS, choose_config
+from qlinear.kernels.configs import choose_config
+from qlinear.kernels.tile_table import M_BUCKETS
 
 every_format = pytest.mark.parametrize("fmt", DENSE.values(), ids=str)
 #: One of every kind, for what takes long: ``python -m bench gpu`` goes through all of them.
@@ -29,9 +30,10 @@ def test_the_shape_is_split_where_tokens_are_few() -> None:
 
 
 def test_a_bucket_has_one_configuration() -> None:
-    assert bucket_ends() == [(1, 8), (9, 16), (17, 64), (65, 128)] and M_BUCKETS == (8, 16, 64, 128)
+    assert M_BUCKETS == (8, 16, 64, 128, 256, 512)
+    assert bucket_ends() == [(1, 8), (9, 16), (17, 64), (65, 128), (129, 256), (257, 512)]
     for fmt in DENSE.values():
-        for few, many in [*bucket_ends(), (129, 4096)]:
+        for few, many in [*bucket_ends(), (513, 4096)]:
             made = {choose_config(m, 4096, 4096, fmt, torch.bfloat16, (9, 0), 132) for m in (few, few + 1, many)}
             assert len(made) == 1
 
@@ -48,7 +50,9 @@ def test_a_row_does_not_depend_on_the_other_rows_of_its_batch(fmt: Format, devic
     assert rows_that_change(packed, 2, 8, torch.float16) == []
 
 
-@pytest.mark.parametrize(("few", "many", "k"), [(9, 16, K), (17, 40, 128), (65, 80, 128), (129, 140, 128)])
+@pytest.mark.parametrize(
+    ("few", "many", "k"), [(9, 16, K), (17, 40, 128), (65, 80, 128), (129, 140, 128), (129, 140, 1024), (513, 515, 128)]
+)
 @some_formats
 def test_nor_does_it_in_a_larger_batch(fmt: Format, few: int, many: int, k: int, device: torch.device) -> None:
     packed = random_weight(fmt, N, k, torch.float16, device)
@@ -84,7 +88,7 @@ def test_graphs_replay_the_same_bits(fmt: Format, m: int, device: torch.device) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("few", "many"), [*bucket_ends(), (129, 200)])
+@pytest.mark.parametrize(("few", "many"), [*bucket_ends(), (513, 600)])
 @some_formats
 def test_rows_are_independent_where_the_device_is_full(fmt: Format, few: int, many: int, device: torch.device) -> None:
     packed = random_weight(fmt, 4096, 4096, torch.float16, device)

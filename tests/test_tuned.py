@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from qlinear import doctor, paths
 from qlinear.format import DENSE
 from qlinear.kernels import tuned
-from qlinear.kernels.configs import MANY, Config, bucket_of, choose_config, refusal
+from qlinear.kernels.configs import Config, bucket_of, choose_config, refusal
+from qlinear.kernels.crossover import fused_tokens
 from qlinear.kernels.runtime import Target
+from qlinear.kernels.tile_table import MANY
 from qlinear.kernels.tuned import Key, Table
 
 TARGET = Target((9, 0), 132)
@@ -73,7 +75,8 @@ def test_the_hash_is_of_kernels_and_configurations(monkeypatch: pytest.MonkeyPat
         return tuned.kernels_hash()
 
     before = digest()
-    for name, counts in (("tiles", True), ("configs", True), ("search", False), ("crossover", False)):
+    files = {"tiles": True, "configs": True, "estimate": True, "tile_table": True, "search": False, "crossover": False}
+    for name, counts in files.items():
         (tmp_path / f"{name}.py").write_text((folder / f"{name}.py").read_text() + "\n")
         assert (digest() != before) == counts, name
         before = digest()
@@ -94,7 +97,9 @@ def test_choices_follow_the_table(h200: torch.device) -> None:
     for m, n, k, dtype in ((9, 4096, 4096, BF16), (1, 4096, 4224, BF16), (1, 4096, 4096, torch.float16)):
         assert tuned.config_on(h200, TARGET, m, n, k, fmt, dtype) == choose_config(m, n, k, fmt, dtype, (9, 0), 132)
     assert tuned.fused_tokens_on(h200, 4096, 4096, fmt, BF16) == 1024
-    assert tuned.fused_tokens_on(h200, 8192, 8192, fmt, BF16) == 256
+    assert tuned.fused_tokens_on(h200, 8192, 8192, fmt, BF16) == fused_tokens(
+        8192, 8192, fmt, BF16, (9, 0), 132, TARGET.l2_bytes
+    )
     ways = paths.paths(fmt, BF16, h200, "triton", 4096, 4096)
     assert ways == {1: "Triton matmul", 1025: "Triton dequantize + vendor matmul"}
 

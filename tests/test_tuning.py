@@ -15,10 +15,11 @@ import qlinear
 from qlinear import tuning
 from qlinear.format import DENSE
 from qlinear.kernels import tuned
-from qlinear.kernels.configs import MANY, Config, refusal
+from qlinear.kernels.configs import Config, refusal
 from qlinear.kernels.gauge import DeviceGauge
 from qlinear.kernels.runtime import Target
 from qlinear.kernels.search import Problem, Unusable, default_config, neighbours, plan
+from qlinear.kernels.tile_table import MANY
 from qlinear.kernels.tuned import Key, Table
 
 TARGET = Target((9, 0), 132)
@@ -131,7 +132,7 @@ def test_the_crossover_is_searched_from_few_tokens_to_many(tmp_path: Path) -> No
     problem = Problem("w4a16", BF16, 0, 4096, 4096)
     bowl = Bowl(default_config(PROBLEM, TARGET), crossover=700)
     (found,) = measure([problem], bowl, tmp_path).found
-    assert found.fused_tokens == 512 and [tokens for _, tokens in bowl.asked] == [256, 384, 512, 768]
+    assert found.fused_tokens == 512 and [tokens for _, tokens in bowl.asked] == [256, 512, 768]
     assert tuned.read(tmp_path / KEY.file_name).crossovers == {("w4a16", BF16, 4096, 4096): 512}
     for crossover, most in ((1, 128), (10**6, 4096)):
         (found,) = measure([problem], Bowl(bowl.best, crossover=crossover), tmp_path, again=True).found
@@ -156,12 +157,12 @@ def test_neighbours_can_be_used_and_differ(fmt, bucket: int) -> None:
 
 def test_the_plan_has_few_tokens_first_and_crossovers_last() -> None:
     layers = [("w8a8", 64, 64), ("w4a16", 4096, 4096), ("w4a16", 4096, 4096)]
-    problems = plan(layers, BF16, [1, 5, 300, 16])
+    problems = plan(layers, BF16, [1, 5, 600, 16])
     assert [(p.scheme, p.bucket) for p in problems] == [
         *(("w4a16", 8), ("w8a8", 8), ("w4a16", 16), ("w8a8", 16), ("w4a16", MANY), ("w8a8", MANY)),
         ("w4a16", 0),
     ]
-    assert not [p for p in plan(layers, torch.float32, [300]) if p.bucket == 0]
+    assert not [p for p in plan(layers, torch.float32, [600]) if p.bucket == 0]
     assert not [p for p in plan(layers, BF16, [1]) if p.bucket == 0]
 
 

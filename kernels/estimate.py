@@ -1,0 +1,112 @@
+"""How long the matmul kernel takes at least for tens of tokens and more, by count: what tiles are chosen by.
+
+Nothing is measured here: the numbers are counts, makers' figures and assumptions, each said to be what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from qlinear.format import BLOCK_K, Format
+from qlinear.kernels.runtime import Capability
+from qlinear.kernels.tile_table import Tile, multiplies_bytes, token_bytes
+from qlinear.machines import MACHINES, MULTIPLIED, Machine
+
+#: Share of the vendor's tensor rate that a product reaches whose weight is decoded on the way. An assumption: that it
+#: does as well as Marlin, which has 0.65 times the speed of 16 bit at 1024 tokens on an H100 (8192 x 8192), by an
+#: instruction that reaches 0.75 of the peak there (vllm#7174), and 0.72 to 0.93 times on an A100, where it reaches all.
+FUSED = 0.87
+#: Bytes a clock between a multiprocessor and the L2 cache: 5120 for the 108 of an A100, by its white paper; assumed for
+#: all others, of which nothing is published.
+_L2_BYTES_PER_CLOCK = 5120 / 108
+
+
+class Slots(NamedTuple):
+    """Issue slots per weight of a loop: of 16-bit and of 8-bit products, a scale per channel or per group."""
+
+    channel: float
+    grouped: float
+    channel8: float
+    grouped8: float
+
+
+#: By capability's major number, BLOCK_M and BLOCK_N: the most of any format and 16-bit dtype that ``python -m bench
+#: audit --arch all`` counts (Triton 3.7.1). A test compiles some of them and compares. Not in it: e4m3 that sm_80
+#: converts (12.1 and 7.7), which is bound by its products as well.
+SLOTS: dict[tuple[int, int, int], Slots] = {
+    (8, 128, 128): Slots(6.4, 7.4, 2.7, 5.0),
+    (8, 64, 64): Slots(4.8, 5.9, 1.9, 3.2),
+    # Only int4 of 16-bit tokens has this tile.
+    (9, 128, 256): Slots(2.7, 3.5, 2.7, 3.5),
+    (9, 128, 128): Slots(4.4, 6.4, 2.6, 4.1),
+    (9, 64, 256): Slots(3.3, 3.7, 1.4, 2.3),
+    (9, 64, 128): Slots(3.4, 4.0, 1.5, 2.4),
+    (10, 128, 128): Slots(4.8, 6.3, 5.2, 8.3),
+    (10, 64, 128): Slots(3.5, 4.3, 2.7, 4.0),
+}
+
+#: Whose figures stand for a capability; all others are taken for an L40S (no high-bandwidth memory, mma.sync).
+_STANDS_FOR: dict[Capability, str] = {(8, 0): "A100", (9, 0): "H200", (10, 0): "B200", (10, 3): "B200"}
+
+
+def machine_for(capability: Capability, num_sms: int) -> Machine:
+    """The figures of a capability's best known chip, in proportion to the multiprocessors there are."""
+    machine = MACHINES[_STANDS_FOR.get(capability, "L40S")]
+    share = num_sms / machine.sms
+    return replace(
+        machine,
+        capability=machine.capability if isinstance(capability, str) else capability,
+        sms=num_sms,
+        memory_bytes_per_s=machine.memory_bytes_per_s * share,
+        fp16_flops=machine.fp16_flops * share,
+        int8_ops=machine.int8_ops * share,
+    )
+
+
+def kernel_seconds(
+    m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, machine: Machine, tile: Tile, split_k: int
+) -> float:
+    """The most that memory, L2 cache, issue slots and tensor cores need, and then the sum of the parts of K.
+
+    Every program has a tile of tokens, BLOCK_N rows of the weight and a part of K, and the busiest multiprocessor one
+    after the other.
+    """
+    block_m, block_n, _ = tile
+    tiles_m, tiles_n = -(-m // block_m), -(-n // block_n)
+    weight, y = fmt.weight_bytes(n, k), m * n * dtype.itemsize
+    x = m * k * token_bytes(fmt, dtype, machine.capability)
+    partials = 8 * m * n * split_k if split_k > 1 else 0
+    columns = -(-k // (BLOCK_K * split_k)) * BLOCK_K
+    # Of the busiest multiprocessor, whose schedulers issue for 128 threads a clock.
+    weights = -(-tiles_m * tiles_n * split_k // machine.sms) * columns * block_n
+    times = (
+        weights * _slots(machine, block_m, block_n, fmt) / 128 / machine.clock_hz,
+        weights * block_m / macs_per_s(fmt, machine),
+        (weight + x + y) / machine.stream_bytes_per_s,
+        (weight * tiles_m + x * tiles_n + partials + y) / (machine.sms * _L2_BYTES_PER_CLOCK * machine.clock_hz),
+    )
+    return max(times) + adding_seconds(block_m * block_n, split_k, machine)
+
+
+def adding_seconds(sums: int, split_k: int, machine: Machine) -> float:
+    """One program adds all parts of a tile of so many sums, while the others of the tile are done."""
+    added = 4 * sums * split_k if split_k > 1 else 0
+    return added / (_L2_BYTES_PER_CLOCK * machine.clock_hz)
+
+
+def macs_per_s(fmt: Format, machine: Machine) -> float:
+    """Multiply-adds of one multiprocessor, at the rate that is assumed of this kernel."""
+    # float8 runs at twice the rate of 16 bit.
+    twice = 2 if multiplies_bytes(fmt, machine.capability) else 1
+    operations = machine.int8_ops if fmt.integer_activations else machine.fp16_flops * twice
+    return operations * MULTIPLIED * FUSED / 2 / machine.sms
+
+
+def _slots(machine: Machine, block_m: int, block_n: int, fmt: Format) -> float:
+    slots = SLOTS.get((machine.capability[0], block_m, block_n), SLOTS[8, 128, 128])
+    if multiplies_bytes(fmt, machine.capability):
+        return slots.channel8 if fmt.group_size is None else slots.grouped8
+    return slots.channel if fmt.group_size is None else slots.grouped
