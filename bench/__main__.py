@@ -173,7 +173,7 @@ def audit(
 )
 @click.option("--minutes", default=8.0, show_default=True, type=click.FloatRange(1.0), help="At most.")
 @click.option("--stage", "names", multiple=True, help="Only this one; may be repeated.")
-@click.option("--again", is_flag=True, help="Also stages that were cut short or left something out.")
+@click.option("--again", is_flag=True, help="Also stages that failed, lack something or are of another commit.")
 def gpu(folder: Path, minutes: float, names: tuple[str, ...], again: bool) -> None:
     """Everything on a GPU: tests, numerics, determinism, speed against the vendor's, launches, tuning; resumable."""
     from bench.gpu import STAGES, good, run

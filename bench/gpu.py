@@ -1,8 +1,8 @@
 """``python -m bench gpu``: everything this project wants to know from a GPU, in one run with a time limit.
 
-Each stage runs in a process of its own and writes ``FOLDER/<stage>.json``; a stage whose file is there and holds no
-error is skipped, so a run that was cut short is taken up again by the same command. The most important stages come
-first; one that needs less than its share leaves the rest to those after it.
+Each stage runs in a process of its own and writes ``FOLDER/<stage>.json``, with its commit; a stage whose file is there
+and holds no error is skipped, so a run that was cut short is taken up again by the same command. The most important
+stages come first; one that needs less than its share leaves the rest to those after it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,6 +25,7 @@ import click
 
 from bench.gpu_job import Job, Result
 from bench.gpu_summary import summarize
+from bench.gpu_tools import commit
 from qlinear.tables import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,8 @@ class Stage:
     #: Its share of the time, in seconds of an eight-minute run.
     share: float
     function: str
+    #: Of each run, and never kept from one before.
+    every_run: bool = False
 
     def run(self, job: Job) -> Result:
         module, name = self.function.split(":")
@@ -51,7 +55,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("environment", 15, "bench.gpu_tools:environment"),
+    Stage("environment", 15, "bench.gpu_tools:environment", every_run=True),
     Stage("ptx", 20, "bench.gpu_ptx:ptx"),
     Stage("numerics", 75, "bench.gpu_checks:numerics"),
     Stage("sparse", 55, "bench.gpu_sparse:sparse"),
@@ -80,12 +84,14 @@ def in_process(
 ) -> None:
     """Runs a stage in a process of its own; what is left of one that dies or is too slow goes into its file."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    (folder / f".{stage.name}.partial").unlink(missing_ok=True)
+    mark, present = uuid.uuid4().hex, commit()
+    partial = folder / f".{stage.name}.partial"
+    partial.unlink(missing_ok=True)
     with (folder / f".{stage.name}.log").open("w+") as log:
         process = subprocess.Popen(
             command(stage, folder, seconds),
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "QLINEAR_BENCH_STAGE": mark},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -95,25 +101,42 @@ def in_process(
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            # Its own processes (compilers, pytest) end with it.
-            _end(process)
+            # Its own processes (compilers, pytest) end with it: they would disturb what is timed next.
+            _end(process, mark)
         log.seek(0)
         text = log.read()[-_MOST:]
+    kept = json.loads(partial.read_text()) if partial.exists() else {}
+    partial.unlink(missing_ok=True)
     if code == 0 and (folder / f"{stage.name}.json").exists():
         return
     reason = f"stopped after {seconds + _GRACE:.0f} s" if code is None else f"ended with exit code {code}"
-    partial = folder / f".{stage.name}.partial"
-    kept = json.loads(partial.read_text()) if partial.exists() else {}
-    partial.unlink(missing_ok=True)
     # Out of time is no fault of what was measured until then.
     key = "incomplete" if code is None and kept else "error"
-    write_json(folder / f"{stage.name}.json", kept | {key: reason, "log": text})
+    write_json(folder / f"{stage.name}.json", kept | {key: reason, "commit": present, "log": text})
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Ends a process and all that came of it: those in other sessions are found by the mark in their environment."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    end = time.monotonic() + _GRACE
+    while (left := _marked(mark)) and time.monotonic() < end:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _marked(mark: str) -> list[int]:
+    """Who was started with this mark in its environment, or by one who was; nobody where there is no ``/proc``."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        # It has ended meanwhile, or is another user's.
+        with contextlib.suppress(OSError):
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
 
 
 def run(
@@ -127,10 +150,15 @@ def run(
 ) -> dict[str, Any]:
     """Runs what has not been run, and writes the summary; returns every stage's result by name.
 
-    ``again``: also the stages that time was too short for, from their beginning.
+    ``again``: also the stages that failed, that time was too short for or that ran at another commit, from their
+    beginning.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = [stage for stage in stages if not _done(folder, stage, again)]
+    for stage in stages:
+        if stage.every_run:
+            (folder / f"{stage.name}.json").unlink(missing_ok=True)
+    present = commit()
+    waiting = [stage for stage in stages if not _done(folder, stage, present if again else None)]
     end = clock() + minutes * 60 - _SUMMARY
     unit = (end - clock()) / max(1.0, sum(stage.share for stage in waiting))
     # A stage must end when the shares of all up to it are used up: what one leaves, the next ones have.
@@ -161,11 +189,13 @@ def read(folder: Path, name: str) -> Result | None:
     return found
 
 
-def _done(folder: Path, stage: Stage, again: bool) -> bool:
+def _done(folder: Path, stage: Stage, of: str | None) -> bool:
+    """Whether a stage ran; ``of``: at this commit, and whole and without a failure."""
     found = read(folder, stage.name)
     if found is None or "error" in found:
         return False
-    return not again or ("incomplete" not in found and not found.get("left_out"))
+    whole = "incomplete" not in found and not found.get("failed") and not found.get("left_out")
+    return of is None or (whole and found.get("commit") == of)
 
 
 def describe(result: Result | None) -> str:

@@ -47,7 +47,7 @@ def benchmark(job: Job) -> Result:
         done = list(result["rows"])
 
         def save(rows: list[matmul.Row], done: list[matmul.Row] = done) -> None:
-            job.save(result | {"rows": done + rows})
+            job.save(_judged(result | {"rows": done + rows}, cases))
 
         settings = matmul.Settings(
             job.device,
@@ -62,24 +62,18 @@ def benchmark(job: Job) -> Result:
             save=save,
         )
         result["rows"] = done + matmul.measure(layers, settings)
-    result["failed"] = [
-        f"{row['scheme']} {row['dtype']} {_shape(row)}: {row['error']}" for row in _without_time(result)
-    ]
-    timed = {(row["dtype"], row["m"], row["n"], row["k"]) for row in result["rows"]}
-    result["left_out"] = [
-        f"{case.dtype} {case.m}x{case.n}x{case.k}"
-        for case in cases
-        if case.scheme == sizes.bench_schemes[0] and (case.dtype, case.m, case.n, case.k) not in timed
-    ]
-    return result
+    return _judged(result, cases)
 
 
-def _shape(row: Result) -> str:
-    return f"{row['m']}x{row['n']}x{row['k']}"
-
-
-def _without_time(result: Result) -> list[Result]:
-    return [row for row in result["rows"] if row["us"] is None]
+def _judged(result: Result, cases: Sequence[Case]) -> Result:
+    """The result with what is wrong in its rows, and with the products that it has no row of."""
+    rows = result["rows"]
+    wrong = [row for row in rows if row["us"] is None]
+    failed = [f"{row['scheme']} {row['dtype']} {row['m']}x{row['n']}x{row['k']}: {row['error']}" for row in wrong]
+    measured = {(row["dtype"], row["m"], row["n"], row["k"]) for row in rows}
+    wanted = dict.fromkeys((case.dtype, case.m, case.n, case.k) for case in cases)
+    left_out = [f"{dtype} {m}x{n}x{k}" for dtype, m, n, k in wanted if (dtype, m, n, k) not in measured]
+    return result | {"failed": failed, "left_out": left_out}
 
 
 def arguments() -> dict[str, int]:

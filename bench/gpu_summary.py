@@ -55,15 +55,17 @@ def _stages(results: dict[str, Any], names: Sequence[str]) -> str:
     for name in names:
         result = results.get(name)
         if result is None:
-            lines.append((name, "not run", "", "", ""))
+            lines.append((name, "not run", "", "", "", ""))
             continue
         state = "error" if "error" in result else "FAILED" if result.get("failed") else "ok"
         state += " (cut short)" if "incomplete" in result else ""
         counts = result.get("counts", {})
         what = f"{counts['passed']} passed" if counts else f"{len(result['rows'])} rows" if "rows" in result else ""
         failed = str(len(result.get("failed", ())) or "")
-        lines.append((name, state, what, failed, str(len(result.get("left_out", ())) or "")))
-    return table(("stage", "state", "did", "failed", "left out"), lines, right=(3, 4))
+        left_out = str(len(result.get("left_out", ())) or "")
+        # A stage that was done before may be of another commit than the run.
+        lines.append((name, state, what, failed, left_out, result.get("commit", "unknown")[:10]))
+    return table(("stage", "state", "did", "failed", "left out", "at commit"), lines, right=(3, 4))
 
 
 def _problems(name: str, result: Result) -> list[str]:

@@ -32,11 +32,15 @@ _USES_DEVICE = r"^def test_\w+\([^)]*\bdevice\b"
 _MOST = 3000
 
 
+def commit() -> str:
+    """The commit of this checkout."""
+    return run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], 10)[1].strip() or "unknown"
+
+
 def environment(job: Job) -> Result:
     """Names, versions and clocks; nothing is set."""
-    commit = run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], 10)[1].strip() or "unknown"
     result: Result = {
-        "commit": commit,
+        "commit": commit(),
         "versions": versions(),
         "devices": devices(),
         "python": platform.python_version(),

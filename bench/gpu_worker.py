@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu_job import Job, Result
+from bench.gpu_tools import commit
 from qlinear.tables import write_json
 
 
@@ -26,13 +27,17 @@ def main(arguments: list[str]) -> None:
         small_case(device)
         torch.cuda.synchronize()
         return
-    from bench.gpu import STAGES
-
-    name, folder, seconds = arguments[0], Path(arguments[1]), float(arguments[2])
     # A warning is worth reading, not worth a stage.
     warnings.simplefilter("default")
+    work(device, arguments[0], Path(arguments[1]), float(arguments[2]))
+
+
+def work(device: torch.device, name: str, folder: Path, seconds: float) -> None:
+    """Runs a stage; its file tells the commit and the seconds it took."""
+    from bench.gpu import STAGES
+
     partial = folder / f".{name}.partial"
-    begin = time.monotonic()
+    begin, present = time.monotonic(), commit()
 
     def save(result: Result) -> None:
         write_json(partial, result)
@@ -40,9 +45,10 @@ def main(arguments: list[str]) -> None:
     processes = max(1, min(12, (os.cpu_count() or 2) - 2))
     job = Job(device, deadline=begin + seconds, folder=folder, save=save, processes=processes)
     stage = next(stage for stage in STAGES if stage.name == name)
-    result = stage.run(job)
-    write_json(folder / f"{name}.json", result | {"seconds": time.monotonic() - begin})
-    partial.unlink(missing_ok=True)
+    result = stage.run(job) | {"commit": present, "seconds": time.monotonic() - begin}
+    # Twice: this process may still fail to end as it should.
+    save(result)
+    write_json(folder / f"{name}.json", result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,7 +50,7 @@ class Settings:
     #: ``time.monotonic()`` after which no row is begun.
     deadline: float = float("inf")
     note: Callable[[str], None] = print
-    #: Is given all rows so far after each layer: what is killed loses little.
+    #: Is given all rows so far after each number of tokens: what is killed loses little.
     save: Callable[[list[Row]], None] = field(default=lambda rows: None)
 
 
@@ -130,14 +130,15 @@ def measure(layers: Sequence[Layer], settings: Settings) -> list[Row]:
                 break
             try:
                 with torch.no_grad():
-                    rows += _layer(layer, settings, bar)
+                    for found in _layer(layer, settings, bar):
+                        rows += found
+                        settings.save(rows)
             except torch.OutOfMemoryError:
                 settings.note(f"{layer[0]} {layer[1]}: out of memory")
             if settings.device.type == "cuda":
                 # After a capture that failed torch 2.11 takes it for one that goes on, and empties nothing.
                 with contextlib.suppress(RuntimeError):
                     torch.cuda.empty_cache()
-            settings.save(rows)
     return rows
 
 
@@ -157,12 +158,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _layer(layer: Layer, settings: Settings, bar: Any) -> list[Row]:
+def _layer(layer: Layer, settings: Settings, bar: Any) -> Iterator[list[Row]]:
+    """The rows of one number of tokens after the other."""
     model, name, n, k = layer
     generator = torch.Generator(settings.device).manual_seed(0)
     weight = torch.randn(n, k, generator=generator, device=settings.device).mul_(k**-0.5).to(settings.dtype)
     entries = _entries(weight, settings)
-    rows = []
     for m in settings.tokens:
         bar.set_postfix_str(f"{n} x {k}, M = {m}")
         if time.monotonic() > settings.deadline:
@@ -178,12 +179,10 @@ def _layer(layer: Layer, settings: Settings, bar: Any) -> list[Row]:
                 skipped[key] = reason
         times = _times(x, checked, settings)
         common = {"model": model, "layer": name, "n": n, "k": k, "m": m, "dtype": _name(settings.dtype)}
-        for scheme in settings.schemes:
-            rows.append(common | _row(scheme, entries[scheme], times, skipped, x, settings))
         for key, reason in skipped.items():
             settings.note(f"{n} x {k}, M = {m}: {key}: {reason}")
         bar.update(1)
-    return rows
+        yield [common | _row(scheme, entries[scheme], times, skipped, x, settings) for scheme in settings.schemes]
 
 
 def _entries(weight: Tensor, settings: Settings) -> dict[str, _Entry]:

@@ -13,7 +13,7 @@ from torch import Tensor
 #: (9, 0) for an NVIDIA compute capability, "gfx942" for an AMD architecture.
 Capability = tuple[int, int] | str
 
-#: Output tiles one launch may split along K, and streams that may do so at the same time on one device.
+#: Output tiles one launch may split along K, and streams of one device whose counters are reserved for all at once.
 MAX_SPLIT_TILES = 4096
 STREAMS = 64
 
@@ -108,15 +108,23 @@ def reserve(device: torch.device) -> Tensor:
 
 
 def counters(device: torch.device) -> Tensor:
-    """Zeroed int32 counters that no other stream of the device uses at the same time.
+    """Zeroed int32 counters ``[MAX_SPLIT_TILES]`` that no other stream of the device uses at the same time.
 
-    Launches that are captured on one stream share them, as they share cuBLAS's workspace: graphs captured on the
-    same stream must not be replayed at the same time.
+    The first ``STREAMS`` streams of a device have a row of what is reserved, each later one a row that is allocated
+    for it and kept. Launches that are captured on one stream share them, as they share cuBLAS's workspace: graphs
+    captured on the same stream must not be replayed at the same time.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     row = _rows.get((device, stream))
     if row is None:
-        if device not in _arenas and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
-        row = _rows[device, stream] = reserve(device)[len(_rows) % STREAMS]
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        taken = sum(known == device for known, _ in _rows)
+        if taken < STREAMS and (device in _arenas or not capturing):
+            row = reserve(device)[taken]
+        else:
+            row = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+            # It belongs to the graph, which zeroes it at every replay: nothing else may use it.
+            if capturing:
+                return row
+        _rows[device, stream] = row
     return row

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,14 +103,24 @@ def versions() -> dict[str, str]:
 
 def devices() -> list[str]:
     """One line for each device: what it is and what computes on it."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    found = [f"cpu: {platform.machine()}, {capability}, {torch.get_num_threads()} threads"]
+    # Where the name is not known it is empty, or the architecture's.
+    what = dict.fromkeys((_cpu_name(), platform.machine(), torch.backends.cpu.get_cpu_capability()))
+    found = [f"cpu: {', '.join(filter(None, what))}, {torch.get_num_threads()} threads"]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         triton = "Triton kernels" if importlib.util.find_spec("triton") else "no Triton: dequantize + vendor matmul"
         size = f"{p.total_memory / 1e9:.0f} GB, {p.multi_processor_count} SMs"
         found.append(f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {size}, {triton}")
     return found
+
+
+def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The model's name as Linux knows it, or else as Python does."""
+    try:
+        named = re.search(r"^model name[ \t]*:[ \t]*(\S.*?)\s*$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1] if named else platform.processor()
 
 
 def tuned_tables() -> list[str]:

@@ -9,12 +9,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from models import ROOT
 
-from bench import gpu, gpu_checks, gpu_model, gpu_ptx, gpu_sparse, gpu_speed, gpu_summary, gpu_tools, gpu_tuned
+from bench import (
+    gpu,
+    gpu_checks,
+    gpu_model,
+    gpu_ptx,
+    gpu_sparse,
+    gpu_speed,
+    gpu_summary,
+    gpu_tools,
+    gpu_tuned,
+    gpu_worker,
+    matmul,
+)
 from bench.gpu import Stage
 from bench.gpu_job import Job, Result, Sizes
 from bench.gpu_warm import Case, distinct, run_case, warm
@@ -60,17 +73,25 @@ class Clock:
 
 
 def plan(
-    folder: Path, takes: dict[str, float], minutes: float, found: dict[str, Result] | None = None, again: bool = False
+    folder: Path,
+    takes: dict[str, float],
+    minutes: float,
+    found: dict[str, Result] | None = None,
+    again: bool = False,
+    commit: str = "this",
 ) -> list[str]:
     """Runs stages of 100 seconds each; returns ``name:seconds allowed`` of those that were launched."""
-    stages, clock, launched = [Stage(name, 100, "none:none") for name in takes], Clock(), []
+    stages = [Stage(name, 100, "none:none", every_run=name == "environment") for name in takes]
+    clock, launched = Clock(), []
 
     def launcher(stage: Stage, folder: Path, seconds: float) -> None:
         launched.append(f"{stage.name}:{seconds + gpu._GRACE:.0f}")
         clock.now += takes[stage.name]
-        (folder / f"{stage.name}.json").write_text(json.dumps((found or {}).get(stage.name, {"failed": []})))
+        result = {"commit": commit} | (found or {}).get(stage.name, {"failed": []})
+        (folder / f"{stage.name}.json").write_text(json.dumps(result))
 
-    gpu.run(folder, minutes, stages, launcher, clock, lambda text: None, again)
+    with mock.patch.object(gpu, "commit", lambda: commit):
+        gpu.run(folder, minutes, stages, launcher, clock, lambda text: None, again)
     return launched
 
 
@@ -85,11 +106,7 @@ def test_a_stage_that_is_late_takes_from_the_next_ones(tmp_path: Path) -> None:
 
 
 def test_a_run_is_taken_up_again(tmp_path: Path) -> None:
-    wrong: dict[str, Result] = {
-        "a": {"error": "died"},
-        "b": {"failed": ["one"]},
-        "c": {"incomplete": "late", "rows": []},
-    }
+    wrong: dict[str, Result] = {"a": {"error": "died"}, "b": {}, "c": {"incomplete": "late", "rows": []}}
     takes = {"a": 1.0, "b": 1.0, "c": 1.0}
     assert len(plan(tmp_path, takes, 5, wrong)) == 3
     # Only what holds an error is run again, and has all the time.
@@ -100,34 +117,72 @@ def test_a_run_is_taken_up_again(tmp_path: Path) -> None:
     assert plan(tmp_path, takes, 5, again=True) == []
 
 
+@pytest.mark.parametrize(
+    ("left", "rerun"),
+    [
+        ({"rows": []}, False),
+        ({"failed": [], "left_out": []}, False),
+        ({"failed": ["one"]}, True),
+        ({"incomplete": "late"}, True),
+        ({"left_out": ["one"]}, True),
+        ({"commit": "that"}, True),
+    ],
+    ids=["rows", "nothing-wrong", "failed", "incomplete", "left-out", "of-another-commit"],
+)
+def test_what_again_runs_again(left: Result, rerun: bool, tmp_path: Path) -> None:
+    assert plan(tmp_path, {"a": 1.0}, 110 / 60, {"a": left}) == ["a:100"]
+    assert plan(tmp_path, {"a": 1.0}, 110 / 60) == []
+    assert plan(tmp_path, {"a": 1.0}, 110 / 60, again=True) == (["a:100"] if rerun else [])
+
+
+def test_results_of_another_commit_are_labelled(tmp_path: Path) -> None:
+    """What was done stays done; the environment is of the run that writes the summary."""
+    assert plan(tmp_path, {"environment": 1.0, "a": 1.0}, 5, commit="0" * 40) == ["environment:145", "a:289"]
+    assert plan(tmp_path, {"environment": 1.0, "a": 1.0}, 110 / 60, commit="1" * 40) == ["environment:100"]
+    lines = (tmp_path / "summary.md").read_text().splitlines()
+    assert f"commit {'1' * 40}" in lines
+    ends = {line.split()[0]: line.split()[-1] for line in lines if line.startswith(("environment ", "a "))}
+    assert ends == {"environment": "1" * 10, "a": "0" * 10}
+    # No time for it: none is better than another run's.
+    assert plan(tmp_path, {"environment": 1.0, "a": 1.0}, 15 / 60) == []
+    assert "commit unknown" in (tmp_path / "summary.md").read_text()
+
+
 def script(text: str) -> Callable[[Stage, Path, float], list[str]]:
     return lambda stage, folder, seconds: [sys.executable, "-S", "-c", text, str(folder), stage.name]
 
 
 WRITE = "import sys, os, signal, time\nfolder, name = sys.argv[1:]\n"
+#: Of a process that did not live to write its file.
+LEFT: Result = {"commit": "this", "log": ""}
 
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
         ("open(f'{folder}/{name}.json', 'w').write('{\"rows\": [1]}')", {"rows": [1]}),
-        ("print('what happened'); sys.exit(3)", {"error": "ended with exit code 3", "log": "what happened\n"}),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", {"error": "ended with exit code -11", "log": ""}),
-        ("time.sleep(60)", {"error": "stopped after 5 s", "log": ""}),
+        (
+            "[open(f'{folder}/{n}', 'w').write('{\"rows\": [3]}') for n in (f'.{name}.partial', f'{name}.json')]",
+            {"rows": [3]},
+        ),
+        ("print('what happened'); sys.exit(3)", LEFT | {"error": "ended with exit code 3", "log": "what happened\n"}),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", LEFT | {"error": "ended with exit code -11"}),
+        ("time.sleep(60)", LEFT | {"error": "stopped after 5 s"}),
         (
             "open(f'{folder}/.{name}.partial', 'w').write('{\"rows\": [2]}'); time.sleep(60)",
-            {"rows": [2], "incomplete": "stopped after 5 s", "log": ""},
+            LEFT | {"rows": [2], "incomplete": "stopped after 5 s"},
         ),
         (
             "open(f'{folder}/.{name}.partial', 'w').write('{\"rows\": [2]}'); sys.exit(1)",
-            {"rows": [2], "error": "ended with exit code 1", "log": ""},
+            LEFT | {"rows": [2], "error": "ended with exit code 1"},
         ),
     ],
-    ids=["good", "exit", "crash", "slow", "slow-with-rows", "exit-with-rows"],
+    ids=["good", "good-twice", "exit", "crash", "slow", "slow-with-rows", "exit-with-rows"],
 )
 def test_what_is_left_of_a_process(text: str, wanted: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Long enough for Python to start on a busy machine.
     monkeypatch.setattr(gpu, "_GRACE", 5.4 if "sleep" in text else 60.0)
+    monkeypatch.setattr(gpu, "commit", lambda: "this")
     stage = Stage("one", 1, "none:none")
     begin = time.monotonic()
     gpu.in_process(stage, tmp_path, 0.05, script(WRITE + text))
@@ -135,10 +190,42 @@ def test_what_is_left_of_a_process(text: str, wanted: Result, tmp_path: Path, mo
     assert time.monotonic() - begin < 55 and not (tmp_path / ".one.partial").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
+@pytest.mark.parametrize(
+    "end", ["time.sleep(60)", "os.kill(os.getpid(), signal.SIGSEGV)", ""], ids=["slow", "crash", "good"]
+)
+def test_nothing_outlives_a_stage(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what has a session of its own, as pytest and the sanitizer do, nor what that one started."""
+    monkeypatch.setattr(gpu, "_GRACE", 5.4 if "sleep" in end else 60.0)
+    child = "import os, subprocess, sys; p = subprocess.Popen(['sleep', '60'], start_new_session=True); print(p.pid)"
+    start = f"""import subprocess
+child = subprocess.Popen([sys.executable, "-S", "-c", {child + "; sys.stdout.close(); p.wait()"!r}],
+                         stdout=subprocess.PIPE, start_new_session=True)
+pids = [child.pid, int(child.stdout.readline())]
+open(f"{{folder}}/pids.json", "w").write(str(pids))
+"""
+    gpu.in_process(Stage("one", 1, "none:none"), tmp_path, 0.05, script(WRITE + start + end))
+    pids = json.loads((tmp_path / "pids.json").read_text())
+    # One that was killed takes a moment to end.
+    late = time.monotonic() + 3
+    while any(runs(pid) for pid in pids) and time.monotonic() < late:
+        time.sleep(0.01)
+    assert len(pids) == 2 and not [pid for pid in pids if runs(pid)]
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there; one that has ended and that nobody asked after is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def test_every_stage_exists() -> None:
     for stage in gpu.STAGES:
         module, name = stage.function.split(":")
         assert callable(getattr(__import__(module, fromlist=[name]), name))
+    assert [stage.name for stage in gpu.STAGES if stage.every_run] == ["environment"]
     assert sum(stage.share for stage in gpu.STAGES) <= 480
     assert gpu.worker(gpu.STAGES[0], Path("/x"), 3.0)[1:] == ["-m", "bench.gpu_worker", "environment", "/x", "3.0"]
 
@@ -149,6 +236,18 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
     assert done.stderr == "Error: no CUDA or ROCm device is here; this command measures one\n"
+
+
+def test_a_worker_names_the_commit_and_leaves_all_twice(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it saved is there for one that crashes after its file is written, while it ends."""
+    monkeypatch.setattr(gpu, "STAGES", (Stage("one", 1, "bench.gpu_tools:environment"),))
+    monkeypatch.setattr(gpu_worker, "commit", lambda: "this")
+    gpu_worker.work(device, "one", tmp_path, 9.0)
+    found = json.loads((tmp_path / "one.json").read_text())
+    assert found["commit"] == "this" and found["seconds"] >= 0 and found["versions"]
+    assert json.loads((tmp_path / ".one.partial").read_text()) == found
 
 
 def test_environment(device: torch.device) -> None:
@@ -214,8 +313,31 @@ def test_ptx(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_benchmark(device: torch.device) -> None:
     saved: list[int] = []
     result = gpu_speed.benchmark(job(device, save=lambda r: saved.append(len(r["rows"]))))
-    assert result["failed"] == [] and len(result["rows"]) == 8 and saved == [4, 8]
+    assert result["failed"] == [] and len(result["rows"]) == 8 and saved == [2, 4, 6, 8]
     assert {row["dtype"] for row in result["rows"]} == {"bfloat16", "float16"}
+
+
+def test_a_benchmark_that_is_stopped_leaves_rows_and_what_is_wrong_in_them(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = matmul._times
+
+    def times(x: torch.Tensor, entries: dict[str, Any], *rest: Any) -> dict[str, float]:
+        if len(x) == 3:
+            raise KeyboardInterrupt
+        return timed(x, {key: entry for key, entry in entries.items() if key != "w8a8"}, *rest)
+
+    monkeypatch.setattr(matmul, "_times", times)
+    saved: list[Result] = []
+    with pytest.raises(KeyboardInterrupt):
+        gpu_speed.benchmark(job(device, save=saved.append))
+    (kept,) = saved
+    assert [(row["scheme"], row["m"], row["us"] is None) for row in kept["rows"]] == [
+        ("w4a16", 1, False),
+        ("w8a8", 1, True),
+    ]
+    assert kept["failed"] == ["w8a8 bfloat16 1x64x96: could not be timed"]
+    assert kept["left_out"] == ["bfloat16 3x64x96", "float16 1x64x96", "float16 3x64x96"]
 
 
 def test_launch(device: torch.device) -> None:

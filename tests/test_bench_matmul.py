@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -38,7 +38,8 @@ def test_a_row_for_every_scheme_and_number_of_tokens() -> None:
     assert [(row["scheme"], row["m"]) for row in rows] == [
         (scheme, m) for m in (1, 3) for scheme in ("w4a16-g32", "w8a8")
     ]
-    assert saved == [4]
+    # After every number of tokens.
+    assert saved == [2, 4]
     for row in rows:
         assert set(row["float_us"]) == {"bfloat16", "float32"} and row["us"] > 0 and row["copies"] >= 2
         assert row["tflops"] == pytest.approx(2e-6 * row["m"] * 64 * 96 / row["us"])
@@ -108,6 +109,19 @@ def test_every_peer_agrees_or_says_why_not(name: str, scheme: str) -> None:
             y = side.finish(call(prepared), prepared)
             assert float((y.double() - wanted).norm() / wanted.norm()) <= peers.bound(fmt, name)
     assert len(side.calls) == 2
+
+
+def test_running_out_of_memory_loses_no_row_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = matmul._times
+
+    def times(x: torch.Tensor, *rest: Any) -> dict[str, float]:
+        if len(x) == 3:
+            raise torch.OutOfMemoryError
+        return timed(x, *rest)
+
+    monkeypatch.setattr(matmul, "_times", times)
+    rows = matmul.measure([LAYER, ("none", "next", 64, 96)], settings())
+    assert [(row["layer"], row["m"]) for row in rows] == [(name, 1) for name in ("square", "next") for _ in range(2)]
 
 
 def test_out_of_time() -> None:
