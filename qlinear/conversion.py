@@ -68,18 +68,24 @@ def convert(
             prompts are as fast as in 16 bit, and the model takes more memory than it did.
         progress: a progress bar on standard error; None shows it where the work is long.
         prune: how a weight is brought into the pattern of a sparse scheme, for example ``"magnitude"``; None where the
-            model is pruned already.
+            model is pruned already, or no layer's scheme is sparse. Layers with a dense scheme are not pruned.
 
     A module used twice is converted once. Peak extra memory is one layer: what is replaced is kept in a temporary
     file until the end. Any failure leaves the model exactly as it was.
 
     Raises:
         ValueError: unknown scheme, a pattern that matches no linear layer, nothing to convert, a layer that was
-            asked for and cannot be converted, or cannot keep a copy, or a weight that does not have the pattern of
-            its sparse scheme; the message names the layer.
+            asked for and cannot be converted, or cannot keep a copy, a weight that does not have the pattern of its
+            sparse scheme, or ``prune`` where no scheme is sparse; the message names the layer or the schemes.
     """
     rules = _rules(what)
     chosen = [(c, scheme) for c, scheme in choose(model, rules, "convert") if scheme is not None]
+    if prune is not None and not any(scheme.format.sparsity for _, scheme in chosen):
+        names = ", ".join(sorted({str(scheme) for _, scheme in chosen}))
+        raise ValueError(
+            f"prune={prune!r} brings weights into the pattern of a sparse scheme (such as w4a16-2:4), and {names} has "
+            "none: prune the model with qlinear.prune, or leave the argument out"
+        )
     quiet = no_bar([c.module for c, _ in chosen], progress)
     with Undo(model) as undo:
         for candidate, scheme in tqdm(chosen, desc="quantizing", unit="layer", disable=quiet):

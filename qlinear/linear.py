@@ -106,8 +106,8 @@ class QLinear(nn.Module):
             weight = weight.t()
         n, k = weight.shape
         self = cls(k, n, scheme, bias=False, device="meta", dtype=weight.dtype, compute_dtype=compute_dtype)
-        source = weight if compute_dtype is None else weight.to(compute_dtype)
-        source = patterned(source, self.format, prune)
+        # Pruned before it is rounded: the selection is that of qlinear.prune.
+        source = patterned(weight, self.format, prune).to(compute_dtype or weight.dtype)
         self._set(pack_codes(quantize(source, self.format), self.format))
         self.from_conv1d = conv1d
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -82,13 +81,14 @@ def masks(scores: Sequence[Tensor], pattern: Pattern, sparsities: Sequence[float
     """A mask (True: prune) for each score matrix ``[N, K]``.
 
     ``scope`` is what ranks together: ``"row"`` (of an unstructured pattern; else as ``"layer"``), ``"layer"`` or
-    ``"global"``, which takes the one sparsity of all its layers. ``n:m`` ranks within its groups.
+    ``"global"``, which takes the one sparsity of all its layers. ``n:m`` ranks within its groups. Of a sparsity below 1
+    something is left of each layer, the highest weight (of each row with ``"row"``) or block.
     """
     if pattern.kind == "n:m":
         return [lowest_per_group(s, pattern.n, pattern.m) for s in scores]
     if pattern.kind == "unstructured" and scope == "row":
         rows = zip(scores, sparsities, strict=True)
-        return [lowest_per_row(s, round(share * s.shape[1])) for s, share in rows]
+        return [lowest_per_row(s, removed(share, s.shape[1])) for s, share in rows]
     units = [block_sums(s, pattern) if pattern.kind == "block" else s for s in scores]
     chosen = lowest_units(units, sparsities, scope)
     if pattern.kind == "block":
@@ -96,10 +96,31 @@ def masks(scores: Sequence[Tensor], pattern: Pattern, sparsities: Sequence[float
     return chosen
 
 
+def removed(share: float, units: int) -> int:
+    """How many of a layer's units a share is: below 1 never all, so that no layer is emptied."""
+    return min(round(share * units), _most(share, units))
+
+
+def _most(share: float, units: int) -> int:
+    return max(units - 1, 0) if share < 1 else units
+
+
 def lowest_units(units: Sequence[Tensor], sparsities: Sequence[float], scope: str) -> list[Tensor]:
-    """The lowest share of each tensor, or with ``scope="global"`` of all of them together."""
+    """The lowest share of each tensor, or with ``scope="global"`` of all of them together.
+
+    Of a share below 1 at least one unit of each tensor is left: the highest.
+    """
     if scope != "global":
-        return [lowest([u], round(share * u.numel()))[0] for u, share in zip(units, sparsities, strict=True)]
-    if any(a != b for a, b in pairwise(sparsities)):
-        raise ValueError(f"scope 'global' takes one sparsity for all layers, got {sorted(set(sparsities))}")
-    return lowest(units, round(sparsities[0] * sum(u.numel() for u in units)))
+        return [lowest([u], removed(share, u.numel()))[0] for u, share in zip(units, sparsities, strict=True)]
+    (share,) = set(sparsities)
+    count = min(round(share * sum(u.numel() for u in units)), sum(_most(share, u.numel()) for u in units))
+    chosen = lowest(units, count)
+    if share < 1 and any(bool(c.all()) for c in chosen):
+        chosen = lowest([_spare_highest(u) for u in units], count)
+    return chosen
+
+
+def _spare_highest(scores: Tensor) -> Tensor:
+    """The scores with the one that would go last put out of reach."""
+    (others,) = lowest([scores], _most(0, scores.numel()))
+    return scores.masked_fill(~others, float("inf"))

@@ -24,6 +24,9 @@ class Pattern:
     - ``neurons``: rows of the layers that make an MLP's hidden units and the columns that consume them, removed.
     - ``heads``: attention heads (whole key-value groups where heads share them), removed.
 
+    No pruner empties a layer: of a share below 1 at least one weight, block or unit of each stays, also where all
+    layers are ranked together. A layer of so few blocks that the share cannot be met is warned of by name.
+
     Raises:
         ValueError: no such pattern.
     """

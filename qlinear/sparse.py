@@ -195,21 +195,30 @@ def shapes_of(tensors: Sequence[object], fmt: Format, n: int, k: int) -> PlainSh
 def check_pattern(weight: Tensor, fmt: Format) -> None:
     """Raises a ValueError that says how much of a float weight ``[N, K]`` violates the pattern of the format."""
     kept = weight != 0
+    ways = ["prune it first", "pass prune='magnitude'"]
     if fmt.sparsity == "2:4":
         groups = F.pad(kept, (0, -kept.shape[1] % 4)).unflatten(1, (-1, 4))
         broken = float((groups.sum(-1) > 2).float().mean())
         what = "its groups of four have more than two weights that are not zero"
     elif fmt.block:
-        broken = float(blocks_of(kept, fmt.block).flatten(2).any(2).all())
-        what = f"its blocks of {fmt.block} x {fmt.block} have a weight that is not zero, so that none can be left out"
+        blocks = blocks_of(kept, fmt.block).flatten(2).any(2)
+        broken = float(blocks.all())
+        size = f"{fmt.block} x {fmt.block}"
+        what = f"its blocks of {size} have a weight that is not zero, so that none can be left out"
+        if blocks.numel() == 1:
+            # No pruner takes the only block that there is.
+            what, ways = f"its blocks, of which there is one of {size}, cannot be left out", []
     else:
         broken = float(kept.all())
         what = "its weights are not zero, so that none can be left out"
     if broken:
+        if fmt.dense:
+            mapping = f"{{NAME: '{fmt.dense}', '*': '{fmt}'}}"
+            ways.append(f"give it a dense scheme by its name, {mapping} (--scheme NAME={fmt.dense})")
+        ways.append("leave it in float by giving it the scheme None (--scheme NAME=none)")
         raise ValueError(
             f"the weight does not have the pattern {fmt.sparsity}: {broken:.1%} of {what}; "
-            "prune it first, pass prune='magnitude', or leave it in float by giving it the scheme None "
-            "(--scheme NAME=none)"
+            f"{', '.join(ways[:-1])}{', or ' if ways[:-1] else ''}{ways[-1]}"
         )
 
 
@@ -226,5 +235,6 @@ def prune_weight(weight: Tensor, fmt: Format, method: str, sparsity: float = 0.5
         raise ValueError(f"prune={method!r} is not a method; the methods are: magnitude (qlinear.prune has others)")
     assert fmt.sparsity is not None
     weight = weight.detach()
-    (mask,) = masks([weight.abs()], Pattern.parse(fmt.sparsity), [sparsity], "layer")
+    # In float32, as qlinear.prune ranks: sums of 4096 magnitudes in bfloat16 have three digits.
+    (mask,) = masks([weight.float().abs()], Pattern.parse(fmt.sparsity), [sparsity], "layer")
     return weight.masked_fill(mask, 0)

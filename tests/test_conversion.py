@@ -160,6 +160,19 @@ def test_compute_dtype_reaches_every_layer():
     assert model(torch.randn(2, 40)).dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [("w4a16", "w4a16"), ({"0": "w8a16", "1": "w4a16"}, "w4a16, w8a16"), ({"0": "w8a16", "*": None}, "w8a16")],
+    ids=["one-scheme", "mapping", "left-in-float"],
+)
+def test_prune_is_refused_where_no_scheme_is_sparse(what, names):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=rf"prune='magnitude' .* and {names} has none"):
+        qlinear.convert(model, what, prune="magnitude")
+    assert all(type(layer) is nn.Linear for layer in model)
+    qlinear.convert(model, {"0": "w4a16", "1": "w4a16-2:4"}, prune="magnitude")
+
+
 def test_a_layout_that_a_layer_does_not_have_changes_none():
     model = qlinear.convert(
         nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), {"0": "w4a16-2:4", "1": "w4a16"}, prune="magnitude"

@@ -72,7 +72,7 @@ def test_fake_shapes_are_the_real_ones(shape):
 def small_model(scheme):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(K, N), nn.GELU(), nn.Linear(N, 9, bias=False)).bfloat16()
-    return qlinear.convert(model, scheme, prune="magnitude")
+    return qlinear.convert(model, scheme)
 
 
 @pytest.mark.parametrize("scheme", FEW)

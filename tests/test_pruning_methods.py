@@ -190,6 +190,43 @@ def test_wanda_reads_what_the_pruned_layers_before_it_put_out() -> None:
     assert torch.equal(model[2].weight.double(), weight * kept)
 
 
+class Scaled(nn.Module):
+    """Layers that read one tensor, which is changed in place between them; ``blocks``: as a list that is a chain."""
+
+    def __init__(self, blocks: bool) -> None:
+        super().__init__()
+        self.blocks, self.scale = blocks, torch.tensor([100.0, 0.01]).repeat(12)
+        self.layers = nn.ModuleList([linear(24, 24, 1), linear(24, 24, 2)])
+        self.inputs: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.blocks:
+            x = self.layers[0](x)
+            x.mul_(self.scale)
+        else:
+            x = x.clone()
+            self.layers[0](x)
+            x.mul_(self.scale)
+        self.inputs.append(x.clone())
+        return self.layers[1](x)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "inference"),
+    # Tensors of inference mode do not count their changes: a chain's outputs are not watched there.
+    [(False, False), (True, False), (False, True)],
+    ids=["one-input", "output-of-a-block", "one-input-inference-mode"],
+)
+def test_wanda_reads_inputs_that_were_changed_in_place(blocks: bool, inference: bool) -> None:
+    model, x = Scaled(blocks), inputs(24)
+    weight = model.layers[1].weight.detach().clone()
+    with torch.inference_mode(inference):
+        qlinear.prune(model, "wanda", 0.5, calibration=[x])
+    real = model.inputs[0]
+    kept = torch.stack([keep_highest(row, 12) for row in weight.abs() * real.square().sum(0).sqrt()])
+    assert torch.equal(model.layers[1].weight.detach(), weight * kept)
+
+
 def test_gradient_is_the_first_order_taylor_term() -> None:
     model, x = nn.Sequential(linear(24, 32, 1), nn.Tanh(), linear(8, 24, 2)), inputs(32)
     batches = list(x.split(128))

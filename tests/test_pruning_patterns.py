@@ -55,7 +55,75 @@ def test_whole_blocks_go_in_exact_numbers(n: int, k: int, name: str, share: floa
     mask = masks([tied_scores(n, k, n * k)], pattern, [share], "layer")[0]
     blocks = [b for rows in mask.split(pattern.rows) for b in rows.split(pattern.columns, 1)]
     assert all(bool(b.all()) or not bool(b.any()) for b in blocks)
-    assert sum(bool(b.all()) for b in blocks) == round(share * len(blocks))
+    assert sum(bool(b.all()) for b in blocks) == min(round(share * len(blocks)), len(blocks) - 1)
+
+
+def small_layers() -> nn.Sequential:
+    """Layers of 8, 4 and 1 blocks of 64 x 64."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize(
+    ("share", "want", "message"),
+    [
+        (0.4, [3 / 8, 2 / 4, 0], r"layer '4' \[10, 64\] loses 0 of 1 blocks, not 0\.4"),
+        (0.6, [5 / 8, 2 / 4, 0], r"blocks: layer '4' \[10, 64\] loses 0 of 1 blocks, not 0\.6 of them\. Leave"),
+        (0.9, [7 / 8, 3 / 4, 0], r"layer '2' \[64, 256\] loses 3 of 4 blocks, not 0\.9 of them; layer '4'"),
+    ],
+    ids=["none-of-one", "all-of-one", "all-of-four"],
+)
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_no_layer_is_emptied_and_a_layer_of_too_few_blocks_is_named(
+    method: str, share: float, want: list[float], message: str
+) -> None:
+    model, x = small_layers(), torch.randn(300, 128, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=message):
+        qlinear.prune(model, method, share, "block64", [x])
+    assert [float((layer.weight == 0).float().mean()) for layer in model[::2]] == want
+    # With nine of ten gone, what one layer puts out need not be what the next still reads.
+    assert share > 0.6 or len(model(x).unique(dim=0)) == 300, "the outputs do not depend on the inputs"
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_of_few_weights_one_is_left(method: str) -> None:
+    layer = nn.Linear(3, 1)
+    with pytest.warns(UserWarning, match="layer '' .* loses 2 of 3 weights"):
+        qlinear.prune(layer, method, 0.9, calibration=[torch.randn(9, 3)])
+    assert int((layer.weight != 0).sum()) == 1
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block64"])
+def test_ranked_together_each_layer_keeps_its_highest_unit(pattern: str) -> None:
+    model = small_layers()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-6)
+    highest = model[2].weight.detach().abs().max()
+    qlinear.prune(model, "magnitude", 0.6, pattern, scope="global")
+    units = [layer.weight.detach() != 0 for layer in model[::2]]
+    if pattern == "unstructured":
+        assert sum(int(u.sum()) for u in units) == sum(u.numel() for u in units) - round(
+            0.6 * sum(u.numel() for u in units)
+        )
+        assert int(units[1].sum()) == 1 and model[2].weight.detach().abs().max() == highest
+    else:
+        blocks = [sum(bool(b.any()) for rows in u.split(64) for b in rows.split(64, 1)) for u in units]
+        assert sum(blocks) == 13 - round(0.6 * 13) and min(blocks) == 1 == blocks[1]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    st.floats(0.01, 0.99),
+    st.sampled_from(["layer", "global"]),
+)
+@settings(deadline=None, max_examples=60)
+def test_something_is_left_of_every_matrix(shapes: list[tuple[int, int]], share: float, scope: str) -> None:
+    scores = [tied_scores(n, k, i) for i, (n, k) in enumerate(shapes)]
+    chosen = masks(scores, Pattern.parse("unstructured"), [share] * len(scores), scope)
+    assert not any(bool(c.all()) for c in chosen)
+    if scope == "global":
+        total = sum(s.numel() for s in scores)
+        assert sum(int(c.sum()) for c in chosen) == min(round(share * total), total - len(scores))
 
 
 @given(st.sampled_from(["unstructured", "2:4", "7:9", "block32", "block128x64", "neurons", "heads", " Block64x64 "]))
@@ -214,6 +282,7 @@ def test_a_failure_leaves_the_model_as_it_was(method: str, monkeypatch: pytest.M
         ({"method": "wanda", "calibration": []}, "no calibration batches"),
         ({"method": "wanda", "calibration": [1], "scope": "global"}, "does not rank layers together"),
         ({"scope": "model"}, "scopes are"),
+        ({"sparsity": {"*.0.*": 0.25, "*": 0.5}, "scope": "global"}, "one sparsity .* got 0.25 for 'model.layers.0"),
         ({"method": "gradient", "calibration": [1]}, "loss"),
         ({"loss": print}, "loss"),
         ({"scheme": "w4a16"}, "sweep"),

@@ -124,6 +124,48 @@ def test_conv1d_and_masks_of_torch_prune_are_kept() -> None:
     assert torch.equal(layer.weight == 0, mask)
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "block8", "2:4"])
+@pytest.mark.parametrize("maker", ["torch mask", "pruner"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_what_is_zero_at_the_start_stays_zero(maker: str, pattern: str, scope: str) -> None:
+    net = model()
+    if maker == "pruner":
+        qlinear.prune(net, "magnitude", {"0": 0.6})
+    else:
+        torch_prune.l1_unstructured(net[0], "weight", 0.6)
+    start = net[0].weight.detach() == 0
+    pruner = Gradual(net, 0.5, pattern, begin=2, end=12, every=2, scope="layer" if pattern == "2:4" else scope)
+    opt = OPTIMIZERS["momentum"](net.parameters())
+    for step in range(15):
+        train(net, opt, pruner, range(step, step + 1))
+        assert bool((net[0].weight == 0)[start].all()), f"a weight came back at step {step + 1}"
+
+
+@pytest.mark.parametrize("final", [0.3, 0.8])
+def test_the_present_share_is_the_floor_of_the_schedule(final: float) -> None:
+    net = model()
+    qlinear.prune(net, "magnitude", {"0": 0.5})
+    pruner, opt = Gradual(net, final, begin=1, end=20), OPTIMIZERS["momentum"](net.parameters())
+    for step in range(1, 23):
+        train(net, opt, pruner, range(step, step + 1))
+        share = pruner.share(final, step)
+        counts = [int((layer.weight == 0).sum()) for layer in (net[0], net[2])]
+        assert counts == [max(480, round(share * 960)), round(share * 320)]
+
+
+def test_a_layer_initialized_to_zero_is_trained_and_a_masked_one_is_not() -> None:
+    net = model()
+    nn.init.zeros_(net[2].weight)
+    pruner = Gradual(net, 0.5, begin=3, end=8)
+    train(net, OPTIMIZERS["momentum"](net.parameters()), pruner, range(10))
+    assert zeros(net) == [0.5, 0.5]
+    net = model()
+    torch_prune.l1_unstructured(net[2], "weight", 1.0)
+    pruner = Gradual(net, 0.5, begin=3, end=8)
+    train(net, OPTIMIZERS["momentum"](net.parameters()), pruner, range(10))
+    assert zeros(net)[1] == 1.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -133,11 +175,16 @@ def test_conv1d_and_masks_of_torch_prune_are_kept() -> None:
         ({"end": 5, "scope": "row"}, "scope"),
         ({"end": 5, "pattern": "neurons"}, "changes shapes"),
         ({"end": 5, "sparsity": 2}, "between 0 and 1"),
+        ({"end": 5, "sparsity": {"0": 0.5, "2": 0.8}, "scope": "global"}, "got 0.5 for '0' and 0.8 for '2'"),
+        ({"end": 5, "pattern": "2:4", "scope": "global"}, "does not rank layers together"),
     ],
     ids=str,
 )
 def test_an_impossible_schedule_is_refused(arguments: dict[str, object], message: str) -> None:
+    net = model()
+    torch_prune.l1_unstructured(net[0], "weight", 0.5)
     with pytest.raises(ValueError, match=message):
-        Gradual(model(), **{"sparsity": 0.5, **arguments})
+        Gradual(net, **{"sparsity": 0.5, **arguments})
+    assert "weight_mask" in dict(net[0].named_buffers()), "a failure took the mask"
     with pytest.raises(ValueError, match="prune it first"):
         KeepZeros(model())

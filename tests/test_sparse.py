@@ -138,6 +138,38 @@ def test_a_weight_without_the_pattern_names_its_layer_and_the_share(scheme):
     assert {m.packed.density for m in model} == {0.5}
 
 
+@pytest.mark.parametrize("scheme", ["w4a16-block64", "w8a16-block64", "w16a16-block64"])
+def test_a_layer_of_one_block_is_refused_with_ways_out_that_work(scheme):
+    def model():
+        torch.manual_seed(0)
+        return qlinear.prune(nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 10)), "magnitude", {"0": 0.5}, "block64")
+
+    dense = FORMATS[scheme].dense
+    with pytest.raises(ValueError, match=r"layer '1'.*there is one of 64 x 64.*scheme None") as caught:
+        qlinear.convert(model(), scheme)
+    assert (f"{{NAME: '{dense}', '*': '{scheme}'}}" in str(caught.value)) == (dense is not None)
+    assert "prune it first" not in str(caught.value)
+    for way in (dense and dense.name, None):
+        qlinear.convert(model(), {"1": way, "*": scheme})
+    with pytest.raises(ValueError, match=r"'0'.*prune it first, pass prune='magnitude', .*"):
+        qlinear.convert(nn.Sequential(nn.Linear(128, 64)), scheme)
+
+
+@pytest.mark.parametrize("scheme", ["w16a16-block64", "w16a16-unstructured", "w16a16-2:4"])
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_convert_selects_what_prune_selects(scheme, dtype, compute_dtype):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(1024, 1024, dtype=dtype))
+
+    pattern = FORMATS[scheme].sparsity
+    pruned = qlinear.prune(model(), "magnitude", None if pattern == "2:4" else 0.5, pattern)
+    want = qlinear.convert(pruned, scheme, compute_dtype=compute_dtype)[0].dequantize()
+    got = qlinear.convert(model(), scheme, compute_dtype=compute_dtype, prune="magnitude")[0].dequantize()
+    assert torch.equal(got, want)
+
+
 def test_the_share_that_violates_is_counted():
     weight = torch.zeros(1, 16)
     weight[0, :3] = 1

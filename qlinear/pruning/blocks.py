@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlinear.float_layers import float_shape
-from qlinear.pruning.calibration import Collector, through_model
+from qlinear.pruning.calibration import Collector, through_model, version_of
 from qlinear.validation import call
 
 Layers = dict[str, nn.Module]
@@ -157,6 +157,7 @@ class _Watch:
         self._captured, self._batch = captured, -1
         self._calls: list[nn.Module] = []
         self._last: Tensor | None = None
+        self._version: int | None = None
         self._wanted: Tensor | None = None
 
     def start(self) -> None:
@@ -168,7 +169,10 @@ class _Watch:
 
     def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(hidden, Tensor) or (self._calls and hidden is not self._last):
+        if not isinstance(hidden, Tensor):
+            raise _NoChainError
+        # What the model does to an output in place, a replay would leave out.
+        if self._calls and (hidden is not self._last or version_of(hidden) != self._version):
             raise _NoChainError
         if not self._calls:
             self._captured.hidden.append(hidden.clone())
@@ -179,6 +183,7 @@ class _Watch:
 
     def after(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._last = _first(output)
+        self._version = version_of(self._last)
         if self._wanted is None:
             self._wanted = self._last.clone()
         if block is self._captured.blocks[-1]:

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from qlinear.validation import call
 
 
+def version_of(x: Tensor) -> int | None:
+    """A number that grows with each change in place; None for tensors of inference mode, which count none."""
+    return None if x.is_inference() else x._version
+
+
 @dataclass
 class _Sums:
     """Over the tokens a layer has seen: ``second`` is ``sum(x * x)`` ``[K]`` or ``sum(x x^T)`` ``[K, K]``."""
@@ -39,8 +44,8 @@ class Collector:
     def __init__(self, layers: Mapping[str, nn.Module], outer: bool) -> None:
         self._layers, self._outer = layers, outer
         self._sums = {name: _Sums() for name in layers}
-        #: The newest input and what was computed of it: q, k and v read one tensor, as gate and up do.
-        self._newest: tuple[weakref.ref[Tensor], Tensor, int] | None = None
+        #: The newest input, its version and what was computed of it: q, k and v read one tensor, as gate and up do.
+        self._newest: tuple[weakref.ref[Tensor], int | None, Tensor, int] | None = None
         #: Positions ``[batch, length]`` that are no padding; None where all count.
         self._real: Tensor | None = None
 
@@ -70,9 +75,10 @@ class Collector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0]
-            if self._newest is None or self._newest[0]() is not x:
-                self._newest = (weakref.ref(x), *self._reduce(x.detach()))
-            self._sums[name].add(*self._newest[1:])
+            newest, version = self._newest, version_of(x)
+            if newest is None or newest[0]() is not x or version is None or newest[1] != version:
+                newest = self._newest = (weakref.ref(x), version, *self._reduce(x.detach()))
+            self._sums[name].add(*newest[2:])
 
         return hook
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qlinear.masks import lowest_per_group, masks
 from qlinear.patterns import Pattern
 from qlinear.pruning.scores import magnitude
-from qlinear.pruning.targets import Share, fold, linear_layers, matrix, targets
+from qlinear.pruning.targets import Share, fold, is_masked, linear_layers, matrix, targets
 
 
 class KeepZeros:
@@ -88,17 +88,22 @@ class Gradual(KeepZeros):
     ``s + (initial - s) * (1 - (t - begin) / (end - begin)) ** 3``; the smallest weights go, those that are zero first,
     so that no pruned weight comes back. Afterwards the zeros stay.
 
+    Zeros that are there at the start, by a pruner or a mask of ``torch.nn.utils.prune`` (which becomes permanent), stay
+    zero throughout: a layer has its present share where the schedule asks for less, at the end too. A layer that holds
+    nothing but zeros, and no mask, counts as initialized to zero, not as pruned: it is trained.
+
     Args:
         model: the model being trained.
         sparsity: the final share, or a mapping of name patterns to shares, as in :func:`qlinear.prune`.
         pattern: ``"unstructured"``, ``n:m`` (each group loses more of its weights as time goes) or blocks.
         begin, end: steps (calls of :meth:`step`, counted from 1) of the first and of the last pruning.
         every: steps between two prunings.
-        initial: the share of zeros at ``begin``.
+        initial: the share of zeros at ``begin``; a layer that has more keeps them.
         scope: ``"layer"`` or ``"global"``, as in :func:`qlinear.prune`.
 
     Raises:
-        ValueError: an impossible schedule, or what :func:`qlinear.prune` raises.
+        ValueError: an impossible schedule, more than one share with scope ``"global"``, or what :func:`qlinear.prune`
+            raises.
     """
 
     def __init__(
@@ -122,14 +127,20 @@ class Gradual(KeepZeros):
             raise ValueError(f"initial in [0, 1) and scope 'layer' or 'global' are wanted, got {initial!r}, {scope!r}")
         self.begin, self.end, self.every, self.initial, self.scope = begin, end, every, initial, scope
         self.steps = 0
-        chosen = targets(model, sparsity, self.pattern)
+        if scope == "global" and self.pattern.kind == "n:m":
+            raise ValueError(f"pattern {self.pattern} does not rank layers together: scope is 'layer'")
+        chosen = targets(model, sparsity, self.pattern, scope)
         self._final = {target.name: target.sparsity for target in chosen}
+        masked = {target.name for target in chosen if is_masked(target.module)}
         for target in chosen:
             fold(target.module)
         self._set({target.name: target.module for target in chosen})
+        for name, mask in self._masks.items():
+            if bool(mask.all()) and name not in masked:
+                mask.zero_()
 
     def share(self, final: float, step: int) -> float:
-        """The share of zeros that a layer with the final share has after ``step``."""
+        """The share of zeros that the schedule asks for after ``step`` of a layer with the final share."""
         passed = min(max(step - self.begin, 0) / (self.end - self.begin), 1.0)
         return final + (self.initial - final) * (1 - passed) ** 3
 
@@ -150,7 +161,8 @@ class Gradual(KeepZeros):
             new = [lowest_per_group(s, m - round(share * m), m) for s, share in zip(found, shares, strict=True)]
         else:
             new = masks(found, self.pattern, shares, self.scope)
-        self._masks = dict(zip(self._layers, new, strict=True))
+        # What was zero stays zero, also where the schedule is behind it or other weights happen to be zero too.
+        self._masks = {name: self._masks[name] | mask for name, mask in zip(self._layers, new, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the masks, a bit a weight, for ``torch.save``."""

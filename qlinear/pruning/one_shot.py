@@ -119,7 +119,7 @@ def prune(
     if method != "magnitude" and not batches:
         raise ValueError(f"method {method!r} was given no calibration batches")
     with Undo(model) as undo:
-        layers = targets(model, sparsity, kind)
+        layers = targets(model, sparsity, kind, scope)
         quiet = no_bar([t.module for t in layers], progress)
         parsed = None if scheme is None else Scheme.parse(scheme)
         rest = (damping, shrinkage, block_size, hessian_bytes, quiet, layers, undo)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from qlinear.masks import block_sums, lowest, lowest_per_group, spread_blocks
+from qlinear.masks import block_sums, lowest, lowest_per_group, removed, spread_blocks
 from qlinear.patterns import Pattern
 from qlinear.pruning.rounding import Rounding
 
@@ -83,7 +83,7 @@ def sweep(
         weight: float, not changed.
         hessian: sums over the calibration tokens.
         pattern: unstructured, ``n:m`` or blocks.
-        sparsity: the share of zeros; exact over the whole weight.
+        sparsity: the share of zeros; exact over the whole weight, of which below 1 one unit at least is left.
         rounding: also rounds each column as it goes; the result is then on its grid.
         block_size: columns ranked together; made a multiple of the pattern's and the rounding's own sizes.
         damping: added to the diagonal, as a share of its mean.
@@ -100,11 +100,12 @@ def sweep(
     if rounding is not None and rounding.format.group_size is None:
         # One scale a row: of the weights that pruning alone will leave.
         rounding.begin(sweep(weight, hessian, pattern, sparsity, block_size=block_size, damping=damping))
-    pruned = 0
+    units = -(-work.shape[0] // pattern.rows) * -(-columns // pattern.columns)
+    pruned, most = 0, removed(sparsity, units)
     for start in range(0, columns, step):
         end = min(start + step, columns)
         block = _Block(work[:, start:end], upper[start:end, start:end], dead[start:end], pattern)
-        mask = block.mask(sparsity, start, pruned) if pattern.kind != "n:m" else None
+        mask = block.mask(sparsity, start, pruned, most) if pattern.kind != "n:m" else None
         errors, result[:, start:end] = block.run(mask, rounding, start)
         if mask is not None:
             pruned += block.units
@@ -127,13 +128,16 @@ class _Block:
         # Nothing was ever multiplied by these: they go first.
         return scores.masked_fill_(self._dead[columns], 0)
 
-    def mask(self, sparsity: float, start: int, pruned: int) -> Tensor:
-        """What goes: as many as make the share right up to the end of this block, after ``pruned`` before it."""
+    def mask(self, sparsity: float, start: int, pruned: int, most: int) -> Tensor:
+        """What goes: as many as make the share right up to the end of this block, after ``pruned`` before it.
+
+        Never more than ``most`` together.
+        """
         scores, pattern = self._scores(slice(None)), self._pattern
         n, k = scores.shape
         units = block_sums(scores, pattern) if pattern.kind == "block" else scores
         before = units.shape[0] * -(-start // pattern.columns)
-        self.units = round(sparsity * (before + units.numel())) - pruned
+        self.units = min(round(sparsity * (before + units.numel())), most) - pruned
         chosen = lowest([units], self.units)[0]
         return spread_blocks(chosen, pattern, n, k) if pattern.kind == "block" else chosen
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.nn.utils.prune import remove as make_permanent
 
 from qlinear.conversion import candidates, choose
 from qlinear.float_layers import float_parameter, is_conv1d
+from qlinear.masks import removed
 from qlinear.patterns import Pattern
 from qlinear.undo import Undo
 
@@ -39,11 +42,16 @@ def matrix(module: nn.Module) -> Tensor:
     return weight.t() if is_conv1d(module) else weight
 
 
-def targets(model: nn.Module, sparsity: Share, pattern: Pattern) -> list[Target]:
+def targets(model: nn.Module, sparsity: Share, pattern: Pattern, scope: str = "layer") -> list[Target]:
     """The layers to prune, as ``convert`` would choose them.
 
+    Warns:
+        UserWarning: layers of so few blocks (or weights) that the share is none or all of them. Nothing, or all but the
+            one that always stays, is removed of these.
+
     Raises:
-        ValueError: a share that is none, a name pattern that matches nothing, or a weight that cannot be pruned.
+        ValueError: a share that is none, a name pattern that matches nothing, a weight that cannot be pruned, or more
+            than one share with scope ``"global"``.
     """
     if isinstance(sparsity, Mapping):
         if not sparsity:
@@ -61,7 +69,40 @@ def targets(model: nn.Module, sparsity: Share, pattern: Pattern) -> list[Target]
         raise ValueError("nothing to prune but the output embeddings, which have to be asked for by their exact name")
     for target in found:
         _check(target)
+    if not pattern.structured and scope == "global":
+        _check_one_share(found)
+    elif not pattern.structured and not pattern.m:
+        _warn_of_few_units(found, pattern)
     return found
+
+
+def _check_one_share(layers: Sequence[Target]) -> None:
+    for a, b in pairwise(layers):
+        if a.sparsity != b.sparsity:
+            raise ValueError(
+                f"scope 'global' takes one sparsity for all layers, got {a.sparsity:g} for {a.name!r} and "
+                f"{b.sparsity:g} for {b.name!r}: give them one, or take scope 'layer'"
+            )
+
+
+def _warn_of_few_units(layers: Sequence[Target], pattern: Pattern) -> None:
+    """Says which layers cannot have the share they were asked for."""
+    what = "blocks" if pattern.kind == "block" else "weights"
+    lines = []
+    for target in layers:
+        n, k = target.matrix.shape
+        units = -(-n // pattern.rows) * -(-k // pattern.columns)
+        count = removed(target.sparsity, units)
+        if not 0 < round(target.sparsity * units) < units:
+            asked = f"{target.sparsity:g} of them"
+            lines.append(f"layer {target.name!r} [{n}, {k}] loses {count} of {units} {what}, not {asked}")
+    if lines:
+        more = f"; and {len(lines) - 6} layers more" if len(lines) > 6 else ""
+        warnings.warn(
+            f"pattern {pattern} leaves at least one of a layer's {what}: {'; '.join(lines[:6])}{more}. Leave such "
+            "layers out with a mapping of names to shares, None for them, or take another pattern",
+            stacklevel=4,
+        )
 
 
 def _output_embeddings(model: nn.Module) -> object:
