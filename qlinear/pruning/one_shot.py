@@ -19,7 +19,7 @@ from qlinear.pruning import blocks, scores, structured
 from qlinear.pruning.calibration import evaluating, through_model
 from qlinear.pruning.rounding import Rounding
 from qlinear.pruning.sparsegpt import shrunk, sweep
-from qlinear.pruning.targets import Share, Target, fold_targets, linear_layers, matrix, targets
+from qlinear.pruning.targets import Share, Target, fold_layers, linear_layers, matrix, targets
 from qlinear.undo import Undo
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "gradient")
@@ -103,12 +103,13 @@ def prune(
         progress: a progress bar on standard error; None shows it where the work is long.
 
     Wanda and SparseGPT go through a model block by block, so that each is calibrated on what the pruned blocks before
-    it put out. Masks of ``torch.nn.utils.prune`` on the layers become permanent, and their zeros go first. Any failure
-    leaves the model exactly as it was.
+    it put out. Masks of ``torch.nn.utils.prune`` on the layers, and on those that lose neurons or heads with them,
+    become permanent, and their zeros go first. Any failure leaves the model exactly as it was.
 
     Raises:
         ValueError: an argument that is unknown, missing or does not go with the others, a layer that cannot be pruned
-            or got no calibration data; the message names the layer.
+            or got no calibration data, or an MLP or attention that is not known to work without some of its neurons or
+            heads; the message names the layer.
     """
     kind = Pattern.parse(pattern)
     _check(method, kind, scope, calibration, loss, scheme)
@@ -124,7 +125,7 @@ def prune(
         parsed = None if scheme is None else Scheme.parse(scheme)
         rest = (damping, shrinkage, block_size, hessian_bytes, quiet, layers, undo)
         job = _Job(model, method, kind, batches, scope, loss, parsed, *rest)
-        fold_targets(layers, undo)
+        fold_layers(job.modules.values(), undo)
         if kind.structured:
             _remove_units(job)
         elif method in ("magnitude", "gradient"):
@@ -222,6 +223,7 @@ def _sweep(job: _Job, target: Target, hessian: Tensor) -> None:
 def _remove_units(job: _Job) -> None:
     """Neurons and heads."""
     cuts = structured.plan(job.model, job.layers, job.pattern.kind, job.scope)
+    fold_layers([layer for cut in cuts for layer in cut.structure.layers], job.undo)
     if job.method == "sparsegpt":
         _remove_compensated(job, cuts)
         return

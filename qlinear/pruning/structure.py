@@ -2,7 +2,8 @@
 
 Found by the names the field gives them: Llama-like models (gate, up and down projections; q, k, v and o), GPT-2
 (``c_fc``, ``c_attn``, ``c_proj``), BERT (``intermediate``, ``attention.self``, ``output``), ``fc1``/``fc2`` (ViT, OPT),
-and two linear layers in an ``nn.Sequential`` with only elementwise modules between them.
+and two linear layers in an ``nn.Sequential`` with only elementwise modules between them. Names do not say all that a
+forward does: :mod:`qlinear.pruning.obstacles` tells which of these are known to be safe.
 """
 
 from __future__ import annotations
@@ -51,8 +52,11 @@ class Structure:
     slices: list[Slice]
     #: Attributes of modules that count something in proportion to the units: (module, attribute).
     counts: list[tuple[nn.Module, str]] = field(default_factory=list)
-    #: Query heads in a unit; 0 where units are neurons.
+    #: Query heads in a unit, and rows in a head; 0 where units are neurons.
     heads: int = 0
+    head_dim: int = 0
+    #: The modules whose forwards use the layers, outermost first; none of an ``nn.Sequential``, which was walked.
+    holders: list[nn.Module] = field(default_factory=list)
     #: The nearest Hugging Face config above it, and the attributes there that count the units, with their value.
     config: object = None
     described: dict[str, int] = field(default_factory=dict)
@@ -75,7 +79,8 @@ def find(model: nn.Module, kind: str) -> list[Structure]:
     """
     found: list[Structure] = []
     for name, module in model.named_modules():
-        found += _attention(name, module) if kind == "heads" else [*_mlp(name, module), *_sequential(name, module)]
+        finder = _attention if kind == "heads" else _sequential if type(module) is nn.Sequential else _mlp
+        found += finder(name, module)
     for structure in found:
         _describe(model, structure)
     return found
@@ -119,21 +124,27 @@ def _mlp(name: str, module: nn.Module) -> Iterator[Structure]:
         makers = [r for r in rows if r is not None]
         if all(float_shape(r)[0] == width for r in makers):
             slices = [*(Slice(r, 0) for r in makers), Slice(columns, 1)]
-            yield Structure(_join(name, consumer), width, slices)
+            yield Structure(join(name, consumer), width, slices, holders=_holders(module, *producers, consumer))
             return
 
 
 def _sequential(name: str, module: nn.Module) -> Iterator[Structure]:
-    if type(module) is not nn.Sequential:
-        return
     maker: nn.Module | None = None
-    for key, child in module.named_children():
+    # named_children() leaves out a module that came before.
+    for key, child in module._modules.items():
         if type(child) is nn.Linear:
             if maker is not None:
-                yield Structure(_join(name, key), float_shape(child)[1], [Slice(maker, 0), Slice(child, 1)])
+                yield Structure(join(name, key), float_shape(child)[1], [Slice(maker, 0), Slice(child, 1)])
             maker = child
-        elif not isinstance(child, _ELEMENTWISE):
+        elif child is None or not keeps_units_apart(child):
             maker = None
+
+
+def keeps_units_apart(module: nn.Module) -> bool:
+    """Whether a module computes each hidden unit from itself alone, so that others can go."""
+    kind = type(module)
+    # The activations of Hugging Face, of which some have a parameter, and what drops whole samples.
+    return kind in _ELEMENTWISE or kind.__module__ == "transformers.activations" or kind.__name__.endswith("DropPath")
 
 
 def _attention(name: str, module: nn.Module) -> Iterator[Structure]:
@@ -152,15 +163,17 @@ def _attention(name: str, module: nn.Module) -> Iterator[Structure]:
         assert consumer is not None
         slices = [Slice(query, 0, share * size), Slice(key, 0, size), Slice(value, 0, size)]
         slices.append(Slice(consumer, 1, share * size))
-        yield _with_counts(Structure(_join(name, out), units, slices, heads=share), inner, size)
+        holders = _holders(module, *makers, out)
+        structure = Structure(join(name, out), units, slices, heads=share, head_dim=size, holders=holders)
+        yield _with_counts(structure, inner)
     joined, out_proj = _get(module, "c_attn"), _get(module, "c_proj")
     size = _head_dim(module)
     if joined is not None and out_proj is not None and size is not None:
         width = float_shape(out_proj)[1]
         if float_shape(joined)[0] == 3 * width:
             slices = [Slice(joined, 0, size, i * width) for i in range(3)] + [Slice(out_proj, 1, size)]
-            structure = Structure(_join(name, "c_proj"), width // size, slices, heads=1)
-            yield _with_counts(structure, module, size)
+            structure = Structure(join(name, "c_proj"), width // size, slices, heads=1, head_dim=size, holders=[module])
+            yield _with_counts(structure, module)
 
 
 def _head_dim(module: nn.Module) -> int | None:
@@ -168,14 +181,21 @@ def _head_dim(module: nn.Module) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _with_counts(structure: Structure, attention: nn.Module, head_dim: int) -> Structure:
+def _with_counts(structure: Structure, attention: nn.Module) -> Structure:
     """Adds the counters of heads that the attention module holds."""
     heads = structure.units * structure.heads
     wanted = {**dict.fromkeys(QUERY_HEADS, heads), **dict.fromkeys(KEY_HEADS, structure.units)}
-    wanted |= dict.fromkeys(WIDTHS, heads * head_dim)
+    wanted |= dict.fromkeys(WIDTHS, heads * structure.head_dim)
     structure.counts = [(attention, key) for key, value in wanted.items() if getattr(attention, key, None) == value]
     return structure
 
 
-def _join(*parts: str) -> str:
+def _holders(module: nn.Module, *paths: str) -> list[nn.Module]:
+    """A module and those between it and the layers below it."""
+    inner = [getattr(module, path.split(".")[0]) for path in paths if "." in path]
+    return [module, *{id(m): m for m in inner}.values()]
+
+
+def join(*parts: str) -> str:
+    """A dotted name of parts of which some may be empty."""
     return ".".join(part for part in parts if part)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlinear.conversion import candidates
 from qlinear.float_layers import feature_counts, is_conv1d
 from qlinear.masks import lowest
+from qlinear.pruning.obstacles import refuse
 from qlinear.pruning.sparsegpt import damped, factor
 from qlinear.pruning.structure import Slice, Structure, find
 from qlinear.pruning.targets import Target, matrix
@@ -33,22 +33,16 @@ def plan(model: nn.Module, layers: Sequence[Target], kind: str, scope: str) -> l
     """What is removed from which structure: the layer that consumes the units says how much.
 
     Raises:
-        ValueError: nothing of the kind, a share that removes none or all, a weight that is tied, or a model whose
-            config could not describe the result.
+        ValueError: nothing of the kind, a structure that is not known to work without some of its units (see
+            :func:`qlinear.pruning.obstacles.refuse`), a share that removes none or all, or a model whose config could
+            not describe the result.
     """
     shares = {id(t.module): t for t in layers}
-    tied = {id(c.module): c.tied_to for c in candidates(model)}
-    cuts, found = [], find(model, kind)
-    for structure in found:
-        target = shares.get(id(structure.consumer.layer))
-        if target is None:
-            continue
-        for layer in structure.layers:
-            if tied.get(id(layer)) is not None:
-                raise ValueError(
-                    f"{structure.name!r}: a layer's weight is tied to {tied[id(layer)]}; it keeps its shape"
-                )
-        cuts.append(Cut(structure, _count(structure, target.sparsity), target.sparsity))
+    found = find(model, kind)
+    asked = [s for s in found if id(s.consumer.layer) in shares]
+    refuse(model, asked)
+    given = [shares[id(s.consumer.layer)].sparsity for s in asked]
+    cuts = [Cut(s, _count(s, share), share) for s, share in zip(asked, given, strict=True)]
     if not cuts:
         what = "MLP with hidden neurons" if kind == "neurons" else "attention with heads"
         raise ValueError(f"no {what} among the layers asked for; the families known are in qlinear.pruning.structure")

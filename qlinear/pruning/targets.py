@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -68,7 +68,7 @@ def targets(model: nn.Module, sparsity: Share, pattern: Pattern, scope: str = "l
     if not found:
         raise ValueError("nothing to prune but the output embeddings, which have to be asked for by their exact name")
     for target in found:
-        _check(target)
+        check(target.name, target.module)
     if not pattern.structured and scope == "global":
         _check_one_share(found)
     elif not pattern.structured and not pattern.m:
@@ -111,19 +111,26 @@ def _output_embeddings(model: nn.Module) -> object:
     return None if get is None else get()
 
 
-def _check(target: Target) -> None:
-    weight = float_parameter(target.module)
+def check(name: str, layer: nn.Module) -> None:
+    """Raises ValueError, with the layer's name, where its weight cannot be ranked."""
+    weight = float_parameter(layer)
     if weight.is_meta:
-        raise ValueError(f"layer {target.name!r}: its weight is on the meta device: load the model first")
+        raise ValueError(f"layer {name!r}: its weight is on the meta device: load the model first")
     if not weight.is_floating_point():
-        raise ValueError(f"layer {target.name!r}: its weight is {weight.dtype}, a float dtype is wanted")
+        raise ValueError(f"layer {name!r}: its weight is {weight.dtype}, a float dtype is wanted")
     if not bool(torch.isfinite(weight.detach()).all()):
-        raise ValueError(f"layer {target.name!r}: its weight holds NaN or infinity; it cannot be ranked")
+        raise ValueError(f"layer {name!r}: its weight holds NaN or infinity; it cannot be ranked")
+
+
+def masked_tensors(module: nn.Module) -> list[str]:
+    """The names (``weight``, ``bias``) of what ``torch.nn.utils.prune`` keeps a mask on."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook._tensor_name for hook in hooks if isinstance(hook, BasePruningMethod)]
 
 
 def is_masked(module: nn.Module) -> bool:
     """Whether ``torch.nn.utils.prune`` keeps a mask on this layer."""
-    return any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
+    return bool(masked_tensors(module))
 
 
 def fold_masks(model: nn.Module) -> nn.Module:
@@ -139,21 +146,20 @@ def fold_masks(model: nn.Module) -> nn.Module:
 
 def fold(module: nn.Module) -> None:
     """:func:`fold_masks` for one module."""
-    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, BasePruningMethod)]
-    for hook in hooks:
-        make_permanent(module, hook._tensor_name)
+    for name in masked_tensors(module):
+        make_permanent(module, name)
 
 
-def fold_targets(layers: Sequence[Target], undo: Undo) -> None:
+def fold_layers(layers: Iterable[nn.Module], undo: Undo) -> None:
     """Makes the masks on the layers permanent, unless the work fails later."""
-    for target in layers:
-        if is_masked(target.module):
-            undo.keep_members(target.module)
+    for layer in layers:
+        if is_masked(layer):
+            undo.keep_members(layer)
             # `remove` writes the product into the original parameter.
-            for name, parameter in list(target.module.named_parameters(recurse=False)):
+            for name, parameter in list(layer.named_parameters(recurse=False)):
                 if name.endswith("_orig"):
                     undo.keep(parameter)
-            fold(target.module)
+            fold(layer)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
