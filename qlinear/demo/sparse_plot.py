@@ -28,9 +28,13 @@ def plot(models: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     panels = [(model, metric) for model in models for metric in _metrics(model)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(7.5 * len(panels), 5), squeeze=False)
-    for axis, (model, metric) in zip(axes[0], panels, strict=True):
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(7.5 * columns, 5 * rows), squeeze=False)
+    for axis, (model, metric) in zip(axes.flat, panels, strict=False):
         _panel(axis, model, metric)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
