@@ -140,20 +140,25 @@ def test_a_dense_format_is_compared_over_the_layers_that_hold_the_sparse_one(wit
 
 
 @pytest.mark.parametrize(
-    ("machine", "outdone"),
-    [("H200", {"w4a16-asym-2:4", "w4a16-2:4"}), ("A100", set()), ("B200", {"w4a16-asym-2:4", "w4a16-2:4"})],
-    ids=["H200", "A100", "B200"],
+    ("machine", "slow"),
+    [
+        ("A100", set()),
+        ("H200", {"w4a16-2:4", "w4a16-asym-2:4"}),
+        ("B200", {"w4a16-2:4", "w4a16-asym-2:4", "w8a16-2:4", "w16a16-2:4"}),
+    ],
+    ids=["A100", "H200", "B200"],
 )
-def test_instructions_are_those_of_the_machine(machine: str, outdone: set[str]) -> None:
+def test_instructions_are_those_of_the_machine(machine: str, slow: set[str]) -> None:
+    """On a B200 reading is faster and expanding takes more: there dense int4 outdoes every 2:4 format."""
     layer = nn.Linear(4096, 4096, bias=False, dtype=torch.float16)
     qlinear.prune(layer, "magnitude", None, "2:4")
     found = report(layer, machine)
     times, sizes = found.times(), found.totals()
-    dense = min(times["w4a16"], times["w4a16-channel"])
-    assert {name for name in ("w4a16-2:4", "w4a16-asym-2:4") if times[name] > dense} == outdone & set(found.outdone())
     read = {name: 1e6 * size / MACHINES[machine].stream_bytes_per_s for name, size in sizes.items()}
-    slow = {name for name in ("w8a16-2:4", "w16a16-2:4") if times[name] > 1.2 * read[name]}
-    assert slow == ({"w8a16-2:4", "w16a16-2:4"} if machine == "B200" else set())
+    assert {name for name in times if name.endswith("2:4") and times[name] > 1.05 * read[name]} == slow
+    assert {"w4a16-2:4", "w4a16-asym-2:4"} & set(found.outdone()) == (
+        {"w4a16-2:4", "w4a16-asym-2:4"} if machine == "B200" else set()
+    )
 
 
 def test_times_of_each_layer_are_printed_with_digits_that_say_something(with_head: nn.Module) -> None:
