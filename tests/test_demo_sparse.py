@@ -110,7 +110,7 @@ def test_every_method_prunes_neurons_and_quality_is_shown_against_sparsity(kind:
     plans = sparse.PLANS[kind]
     assert all(plan.methods == METHODS for plan in plans)
     shares = {p.pattern: {plan.sparsity for plan in plans if plan.pattern == p.pattern} for p in plans}
-    assert len(shares["unstructured"]) >= 3 and len(shares["block64"]) >= 2 and len(shares["neurons"]) >= 3
+    assert min(len(shares[pattern]) for pattern in ("unstructured", "block64", "neurons")) >= 2
 
 
 def test_time_and_size_without_a_quarter_of_the_neurons() -> None:
@@ -126,7 +126,7 @@ def test_time_and_size_without_a_quarter_of_the_neurons() -> None:
     )
     for each in (alone, whole):
         low, high = each.time_quartiles
-        assert each.rounds >= 15 and each.float_ms > 0 and 0 < low <= each.time_share <= high
+        assert each.rounds >= 25 and each.float_ms > 0 and 0 < low <= each.time_share <= high
     text = times_table([alone, whole], 0.25)
     assert "without 25% of the neurons" in text and "75.0%" in text and alone.what in text
 

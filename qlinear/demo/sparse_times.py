@@ -18,7 +18,7 @@ from qlinear.tables import human_bytes, table
 #: More outputs than this has the output head only, which is not pruned.
 _HEAD = 10_000
 #: Each pair is timed at least so many times, and until so many seconds have passed.
-_ROUNDS, _SECONDS = 15, 20.0
+_ROUNDS, _SECONDS = 25, 10.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def neuron_times(subject: Subject, pruned: nn.Module, share: float, seconds: flo
 
     Args:
         pruned: the subject's model without ``share`` of its neurons.
-        seconds: how long each of the two is timed at least; never for less than 15 rounds.
+        seconds: how long each of the two is timed at least; never for less than 25 rounds.
     """
     batch, config = subject.calibration[0], subject.model.config
     hidden, wide = config.hidden_size, config.intermediate_size
