@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def test_time_and_size_without_a_quarter_of_the_neurons() -> None:
         assert each.rounds >= 25 and each.float_ms > 0 and 0 < low <= each.time_share <= high
     text = times_table([alone, whole], 0.25)
     assert "without 25% of the neurons" in text and "75.0%" in text and alone.what in text
+    assert "2500 -> 2000" in times_table([replace(whole, float_ms=2500.0, pruned_ms=2000.0)], 0.25)
 
 
 def test_sides_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 import qlinear
 from qlinear.demo.subjects import Subject
-from qlinear.tables import human_bytes, table
+from qlinear.tables import digits, human_bytes, table
 
 #: More outputs than this has the output head only, which is not pruned.
 _HEAD = 10_000
@@ -122,7 +122,7 @@ def times_table(shrunk: Sequence[Shrunk], share: float) -> str:
             f"{each.pruned_bytes / each.float_bytes:.1%}",
             f"{each.expected_share:.1%}",
             f"{each.time_share:.1%} ({each.time_quartiles[0]:.1%} to {each.time_quartiles[1]:.1%})",
-            f"{each.float_ms:.3g} -> {each.pruned_ms:.3g}",
+            f"{digits(each.float_ms)} -> {digits(each.pruned_ms)}",
         )
         for each in shrunk
     ]
