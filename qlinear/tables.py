@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,12 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def digits(value: float, count: int = 3) -> str:
+    """``0.0012345`` as ``0.00123`` and ``1234.5`` as ``1234``: at least so many digits that say something."""
+    places = count - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{max(places, 0)}f}"
 
 
 def by_pattern(rules: Iterable[str]) -> dict[str, str | None]:

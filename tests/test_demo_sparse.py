@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,11 +15,13 @@ from models import byte_tokenizer, tiny_language_model
 from test_cli import Captured, run
 
 import qlinear
-from qlinear.demo import sparse, subjects
+from qlinear.demo import sparse, sparse_plot, sparse_times, subjects
 from qlinear.demo.encoder import batches, embed
 from qlinear.demo.sparse import Plan, run_sparse_demo
+from qlinear.demo.sparse_times import linear_bytes, neuron_times, times_table
 from qlinear.demo.subjects import Subject, next_token_loss
 from qlinear.demo.text import perplexity
+from qlinear.pruning import METHODS
 
 pytest.importorskip("matplotlib")
 transformers = pytest.importorskip("transformers")
@@ -36,9 +42,10 @@ def tiny_encoder(*_: object) -> Subject:
     wanted = embed(model, inputs)
 
     def measure(pruned: torch.nn.Module) -> dict[str, float]:
-        return {"fidelity": float((embed(pruned, inputs) * wanted).sum(1).mean())}
+        return {"fidelity": float((embed(pruned, inputs) * wanted).sum(1).mean()), "people": 0.125}
 
-    return Subject("tiny encoder", model, inputs, subjects._halves_match, measure, False, "a note", _unused(model))
+    loss, unused = subjects._halves_match, _unused(model)
+    return Subject("tiny encoder", model, inputs, loss, measure, False, "a note", unused, "people")
 
 
 def _unused(model: torch.nn.Module) -> tuple[str, ...]:
@@ -62,7 +69,10 @@ PLANS = {
         Plan("2:4", 0.5, (None, "w8a16-2:4", "w4a16-2:4")),
         Plan("block64", 0.25, (None, "w8a16-block64")),
     ),
-    "language model": (Plan("2:4", 0.5, (None, "w4a16-2:4"), ("magnitude", "sparsegpt")),),
+    "language model": (
+        Plan("2:4", 0.5, (None, "w4a16-2:4"), ("magnitude", "sparsegpt")),
+        Plan("neurons", 0.25, (None, "w4a16")),
+    ),
 }
 
 
@@ -72,16 +82,22 @@ def test_every_method_and_scheme_is_measured_and_drawn(
     monkeypatch.setattr(sparse, "encoder", tiny_encoder)
     monkeypatch.setattr(sparse, "language_model", tiny_decoder)
     monkeypatch.setattr(sparse, "PLANS", PLANS)
-    monkeypatch.setattr(sparse, "_neuron_times", lambda _: dict.fromkeys(sparse.TIMES, 1.0))
+    monkeypatch.setattr(sparse, "_TIMED", 0.5)
+    monkeypatch.setattr(sparse, "neuron_times", partial(neuron_times, seconds=0))
     picture, report = tmp_path / "plots" / "sparse.png", tmp_path / "sparse.json"
     assert run("demo", "--sparse", "--picture", picture, "--json", report) == 0
     out = capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     encoder, decoder = json.loads(report.read_text())["models"]
-    assert encoder["float"]["quality"] == {"fidelity": pytest.approx(1, abs=1e-5)}
+    assert encoder["float"]["quality"] == {"fidelity": pytest.approx(1, abs=1e-5), "people": 0.125}
     keys = {(row["pattern"], row["scheme"], row["method"]) for row in encoder["pruned"]}
     assert len(keys) == len(encoder["pruned"]) == 4 * (1 + 3 + 2)
-    assert {row["scheme"] for row in decoder["pruned"]} == {"float", "w4a16-2:4"}
+    neurons = {(row["method"], row["scheme"]) for row in decoder["pruned"] if row["pattern"] == "neurons"}
+    assert neurons == {(method, scheme) for method in METHODS for scheme in ("float", "w4a16")}
+    assert "1.000 (0.125)" in out and "in brackets the correlation with people's ratings" in out
+    assert decoder["labels"] == "" and "time expected" in out
+    alone, _ = encoder["neurons_25_percent"]
+    assert alone["pruned_bytes"] / alone["float_bytes"] == 0.5
     assert "tiny encoder: fidelity (higher is better" in out and "tiny decoder: perplexity (lower" in out
     sizes = {(row["pattern"], row["scheme"]): row["linear_bytes"] for row in encoder["pruned"]}
     assert sizes["2:4", "w4a16-2:4"] < sizes["2:4", "w8a16-2:4"] < encoder["float"]["linear_bytes"]
@@ -90,13 +106,54 @@ def test_every_method_and_scheme_is_measured_and_drawn(
     assert again.measure(again.model)["fidelity"] == pytest.approx(1, abs=1e-5)
 
 
-def test_a_quarter_of_the_neurons_is_gone_from_the_timed_model() -> None:
+@pytest.mark.parametrize("kind", list(sparse.PLANS))
+def test_every_method_prunes_neurons_and_quality_is_shown_against_sparsity(kind: str) -> None:
+    plans = sparse.PLANS[kind]
+    assert all(plan.methods == METHODS for plan in plans)
+    shares = {p.pattern: {plan.sparsity for plan in plans if plan.pattern == p.pattern} for p in plans}
+    assert min(len(shares[pattern]) for pattern in ("unstructured", "block64", "neurons")) >= 2
+
+
+def test_time_and_size_without_a_quarter_of_the_neurons() -> None:
     subject = tiny_decoder()
-    times = sparse._neuron_times(subject, rounds=1)
-    assert times.keys() == set(sparse.TIMES)
-    assert times["float_ms"] > 0 and times["pruned_ms"] > 0
-    assert 0.5 < times["linear_bytes"] < 1 and 0.5 < times["model_bytes"] < 1
-    assert "of their size" in sparse._time_line(times)
+    pruned = sparse._pruned(subject, Plan("neurons", 0.25), "magnitude")
+    alone, whole = neuron_times(subject, pruned, 0.25, seconds=0)
+    assert alone.pruned_bytes / alone.float_bytes == alone.expected_share == 0.75
+    # The head is as large as it was: more of the time is left than of the layers that were pruned.
+    linear = sum(m.weight.numel() for m in pruned.modules() if isinstance(m, torch.nn.Linear))
+    assert whole.pruned_bytes == linear_bytes(pruned) < whole.float_bytes
+    assert whole.expected_share == linear / sum(
+        m.weight.numel() for m in subject.model.modules() if isinstance(m, torch.nn.Linear)
+    )
+    for each in (alone, whole):
+        low, high = each.time_quartiles
+        assert each.rounds >= 25 and each.float_ms > 0 and 0 < low <= each.time_share <= high
+    text = times_table([alone, whole], 0.25)
+    assert "without 25% of the neurons" in text and "75.0%" in text and alone.what in text
+    assert "2500 -> 2000" in times_table([replace(whole, float_ms=2500.0, pruned_ms=2000.0)], 0.25)
+
+
+def test_sides_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which every call takes longer than the one before: neither side gains by its place."""
+    clock, calls = iter_clock(), []
+    monkeypatch.setattr(sparse_times, "perf_counter", lambda: next(clock))
+    sides = torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+    found = sparse_times._shrunk("two layers", *sides, lambda side: calls.append(sides.index(side)), 0.0)
+    assert calls[:8] == [0, 1, 0, 1, 1, 0, 0, 1]
+    assert found.time_share == pytest.approx(1, abs=0.1)
+
+
+def iter_clock() -> Iterator[float]:
+    now = 0.0
+    for step in itertools.count(100):
+        yield now
+        now += step
+
+
+@pytest.mark.parametrize(("labels", "wanted"), [("", ["fidelity"]), ("people", ["fidelity", "people"])], ids=repr)
+def test_labels_have_a_panel_of_their_own(labels: str, wanted: list[str]) -> None:
+    model = {"float": {"quality": {"fidelity": 1.0, "cosine": 1.0, "people": 0.5}}, "labels": labels}
+    assert sparse_plot._metrics(model) == wanted
 
 
 def test_sizes_with_zeros_are_those_of_the_patterns_own_format() -> None:

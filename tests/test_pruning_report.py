@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,11 @@ from torch import nn
 
 import qlinear
 from qlinear.format import FORMATS
+from qlinear.machines import MACHINES
 from qlinear.pruning import Pattern, report
 from qlinear.pruning.report import holds, stored_share
 from qlinear.pruning.targets import matrix
+from qlinear.tables import digits
 
 Captured = pytest.CaptureFixture[str]
 
@@ -92,6 +96,89 @@ def test_the_report_says_where_a_dense_format_is_better(
     # 4 Mi weights of 14.7 instructions each, 29.65e12 a second.
     slow = found.to_dict()["predicted_microseconds"]["w16a16-unstructured"]
     assert slow == pytest.approx((4 << 20) * 14.7 / 29.65e6, rel=1e-3)
+
+
+@pytest.fixture
+def with_head() -> nn.Module:
+    """A language model in 2:4 whose output head ``prune`` left alone."""
+    model = tiny_llama().bfloat16()
+    return qlinear.prune(model, "magnitude", None, "2:4")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "head"), [("w4a16-2:4", "w4a16"), ("w8a16-2:4", "w8a16"), ("w16a16-2:4", "float")], ids=str
+)
+def test_a_head_that_was_not_pruned_is_counted_dense_and_named(scheme: str, head: str, with_head: nn.Module) -> None:
+    found = report(with_head)
+    assert found.cannot_hold()[scheme] == found.to_dict()["cannot_hold"][scheme] == ["lm_head"]
+    *others, last = found.layers
+    assert last.taken_in(scheme) == head
+    rest = last.predicted[head] if head != "float" else last.bytes_now
+    assert found.totals()[scheme] == sum(layer.predicted[scheme] for layer in others) + rest
+    text = str(found)
+    assert re.search(rf"^{scheme} .* {len(others)} of {len(found.layers)}$", text, re.MULTILINE)
+    assert re.search(r"^w4a16 .* all$", text, re.MULTILINE)
+    assert "w16a16-unstructured: lm_head. Counted in the dense scheme of the same codes" in text
+    assert "w4a16" not in found.cannot_hold()
+
+
+def test_what_the_report_tells_to_convert_with_is_taken(with_head: nn.Module) -> None:
+    found = report(with_head)
+    rules = str(found).partition("to convert so: ")[2].splitlines()[0]
+    with pytest.raises(ValueError, match=r"'lm_head'.*None"):
+        qlinear.convert(with_head, "w4a16-2:4")
+    qlinear.unprepare(qlinear.convert(with_head, ast.literal_eval(rules)))
+    layers = [module for module in with_head.modules() if isinstance(module, qlinear.QLinear)]
+    assert sum(layer.nbytes for layer in layers) == found.totals()["w4a16-2:4"]
+
+
+def test_a_dense_format_is_compared_over_the_layers_that_hold_the_sparse_one(with_head: nn.Module) -> None:
+    with_all, with_pruned = report(with_head).outdone(), report(with_head.model).outdone()
+    assert with_all == with_pruned
+    assert with_all["w16a16-2:4"] == {"by": "w8a16", "smaller": True}
+    assert "w16a16-2:4: w8a16 without sparsity is smaller and faster" in str(report(with_head))
+
+
+@pytest.mark.parametrize(
+    ("machine", "slow"),
+    [
+        ("A100", set()),
+        ("H200", {"w4a16-2:4", "w4a16-asym-2:4"}),
+        ("B200", {"w4a16-2:4", "w4a16-asym-2:4", "w8a16-2:4", "w16a16-2:4"}),
+    ],
+    ids=["A100", "H200", "B200"],
+)
+def test_instructions_are_those_of_the_machine(machine: str, slow: set[str]) -> None:
+    """On a B200 reading is faster and expanding takes more: there dense int4 outdoes every 2:4 format."""
+    layer = nn.Linear(4096, 4096, bias=False, dtype=torch.float16)
+    qlinear.prune(layer, "magnitude", None, "2:4")
+    found = report(layer, machine)
+    times, sizes = found.times(), found.totals()
+    read = {name: 1e6 * size / MACHINES[machine].stream_bytes_per_s for name, size in sizes.items()}
+    assert {name for name in times if name.endswith("2:4") and times[name] > 1.05 * read[name]} == slow
+    assert {"w4a16-2:4", "w4a16-asym-2:4"} & set(found.outdone()) == (
+        {"w4a16-2:4", "w4a16-asym-2:4"} if machine == "B200" else set()
+    )
+
+
+def test_times_of_each_layer_are_printed_with_digits_that_say_something(with_head: nn.Module) -> None:
+    found = report(with_head)
+    text, layer = str(found), found.layers[0]
+    row = next(line for line in text.splitlines() if line.startswith(layer.name))
+    best = layer.smallest_of(4)
+    assert best is not None
+    assert row.endswith(digits(found.layer_microseconds(layer, best)))
+    assert digits(found.layer_microseconds(layer, "float")) in row
+    assert not re.search(r" 0\.0+( |$)", text)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.00123456, "0.00123"), (0.5, "0.500"), (12.345, "12.3"), (1234.5, "1234"), (0.0, "0")],
+    ids=str,
+)
+def test_three_digits(value: float, text: str) -> None:
+    assert digits(value) == text
 
 
 @pytest.fixture

@@ -6,24 +6,21 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 import qlinear
+from qlinear.demo.sparse_times import linear_bytes, neuron_times, times_table
 from qlinear.demo.subjects import Subject, encoder, language_model
 from qlinear.doctor import versions
 from qlinear.format import FORMATS
 from qlinear.pruning import METHODS
 from qlinear.tables import human_bytes, table, write_json
 
-_SHARES = (0.3, 0.5, 0.7)
-#: What :func:`_neuron_times` finds out.
-TIMES = ("float_ms", "pruned_ms", "model_bytes", "linear_bytes")
+#: The share of neurons that goes from the models that are timed.
+_TIMED = 0.25
 
 
 @dataclass(frozen=True)
@@ -36,19 +33,26 @@ class Plan:
     methods: tuple[str, ...] = METHODS
 
 
-#: Neurons are ranked, never updated: SparseGPT has nothing to say of them.
-_RANKED = tuple(method for method in METHODS if method != "sparsegpt")
 _TWO_FOUR = Plan("2:4", 0.5, (None, "w8a16-2:4", "w4a16-2:4"))
 _BLOCKS = (None, "w8a16-block64", "w4a16-block64")
-_NEURONS = Plan("neurons", 0.25, (None, "w8a16", "w4a16"), _RANKED)
+#: Both models have 1536 neurons in each MLP, and widths stay multiples of 128: one and three of twelve go.
+_NEURONS = (Plan("neurons", 1 / 12), Plan("neurons", _TIMED, (None, "w8a16", "w4a16")))
 PLANS = {
     "encoder": (
-        *(Plan("unstructured", share) for share in _SHARES),
+        *(Plan("unstructured", share) for share in (0.3, 0.5, 0.7)),
         _TWO_FOUR,
         *(Plan("block64", share, _BLOCKS) for share in (0.25, 0.5)),
-        _NEURONS,
+        *_NEURONS,
+        Plan("neurons", 0.5),
     ),
-    "language model": (Plan("unstructured", 0.5), _TWO_FOUR, Plan("block64", 0.25, _BLOCKS), _NEURONS),
+    # Fewer: each takes four times as long as the encoder's.
+    "language model": (
+        *(Plan("unstructured", share) for share in (0.3, 0.5)),
+        _TWO_FOUR,
+        Plan("block64", 0.1),
+        Plan("block64", 0.25, _BLOCKS),
+        *_NEURONS,
+    ),
 }
 
 
@@ -91,10 +95,15 @@ def run_sparse_demo(
         whole = Result(subject.name, "none", 0.0, "none", "float", _bytes(subject.model), quality)
         results = list(_results(subject, PLANS[kind]))
         say(_tables(subject, whole, results))
-        times = _neuron_times(subject)
-        say(_time_line(times))
+        times = neuron_times(subject, _pruned(subject, Plan("neurons", _TIMED), "magnitude"), _TIMED)
+        say(f"\n{times_table(times, _TIMED)}")
         data["models"].append(
-            {"float": asdict(whole), "pruned": [asdict(r) for r in results], "neurons_25_percent": times}
+            {
+                "float": asdict(whole),
+                "labels": subject.labels,
+                "pruned": [asdict(r) for r in results],
+                "neurons_25_percent": [asdict(each) for each in times],
+            }
         )
         if json_path is not None:
             write_json(json_path, data)
@@ -109,7 +118,7 @@ def _results(subject: Subject, plans: Sequence[Plan]) -> Iterator[Result]:
         pruned = _pruned(subject, plan, method)
         for scheme in plan.schemes:
             model = copy.deepcopy(pruned)
-            if method == "sparsegpt" and scheme is not None and FORMATS[scheme].bits == 4:
+            if method == "sparsegpt" and scheme is not None and FORMATS[scheme].sparsity and FORMATS[scheme].bits == 4:
                 # Rounded in the same sweep, so that later weights make good for earlier ones' rounding too.
                 model = _pruned(subject, plan, method, _dense(scheme))
             if scheme is not None:
@@ -166,53 +175,26 @@ def _bytes(model: nn.Module, plan: Plan | None = None, scheme: str | None = None
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features < 10_000]
         density = 1 - plan.sparsity
         return sum(fmt.weight_bytes(m.out_features, m.in_features, density=density) for m in layers)
-    total = 0
-    for module in model.modules():
-        if isinstance(module, qlinear.QLinear):
-            total += module.nbytes
-        elif isinstance(module, nn.Linear) and module.out_features < 10_000:
-            total += module.weight.numel() * 2
-    return total
+    return linear_bytes(model)
 
 
 def _tables(subject: Subject, whole: Result, results: Sequence[Result]) -> str:
     metric = next(iter(whole.quality))
+
+    def cell(result: Result) -> str:
+        labels = f" ({result.quality[subject.labels]:.3f})" if subject.labels else ""
+        return f"{result.quality[metric]:.3f}{labels}"
+
     header = ("pattern", "removed", "scheme", "linear layers", *METHODS)
-    before = ("none", "", "float", human_bytes(whole.linear_bytes), f"{whole.quality[metric]:.3f}")
-    rows: list[tuple[str, ...]] = [(*before, *[""] * (len(METHODS) - 1))]
+    rows: list[tuple[str, ...]] = [
+        ("none", "", "float", human_bytes(whole.linear_bytes), cell(whole), *[""] * (len(METHODS) - 1))
+    ]
     keys = dict.fromkeys((r.pattern, r.sparsity, r.scheme) for r in results)
     for pattern, sparsity, scheme in keys:
         mine = {r.method: r for r in results if (r.pattern, r.sparsity, r.scheme) == (pattern, sparsity, scheme)}
-        cells = (f"{mine[m].quality[metric]:.3f}" if m in mine else "" for m in METHODS)
         size = human_bytes(next(iter(mine.values())).linear_bytes)
-        rows.append((pattern, f"{sparsity:.0%}", scheme, size, *cells))
+        rows.append((pattern, f"{sparsity:.0%}", scheme, size, *(cell(mine[m]) if m in mine else "" for m in METHODS)))
     better = "lower is better" if subject.lower_is_better else "higher is better, 1 is the float model"
-    title = f"\n{subject.name}: {metric} ({better}); sizes with floats in 16 bit"
+    labels = "; in brackets the correlation with people's ratings" if subject.labels else ""
+    title = f"\n{subject.name}: {metric} ({better}){labels}; sizes with floats in 16 bit"
     return f"{title}\n{table(header, rows, right=range(3, len(header)))}\n{subject.note}"
-
-
-def _neuron_times(subject: Subject, rounds: int = 7) -> dict[str, float]:
-    """The whole model's time on one calibration batch with and without a quarter of its neurons, in turns."""
-    pruned = _pruned(subject, Plan("neurons", 0.25), "magnitude")
-    sides = {"float": subject.model, "pruned": pruned}
-    batch, times = subject.calibration[0], {name: list[float]() for name in sides}
-    with torch.inference_mode():
-        for model in sides.values():
-            model(**batch)
-        for _ in range(rounds):
-            for name, model in sides.items():
-                begin = perf_counter()
-                model(**batch)
-                times[name].append(perf_counter() - begin)
-    whole = {name: sum(p.nbytes for p in model.parameters()) for name, model in sides.items()}
-    linear = {name: _bytes(model) for name, model in sides.items()}
-    shares = (whole["pruned"] / whole["float"], linear["pruned"] / linear["float"])
-    return dict(zip(TIMES, (median(times["float"]) * 1e3, median(times["pruned"]) * 1e3, *shares), strict=True))
-
-
-def _time_line(times: dict[str, float]) -> str:
-    return (
-        f"a quarter of the neurons removed: the linear layers are {times['linear_bytes']:.0%} of their size, a forward "
-        f"pass takes {times['pruned_ms'] / times['float_ms']:.0%} of its time ({times['float_ms']:.0f} -> "
-        f"{times['pruned_ms']:.0f} ms)"
-    )

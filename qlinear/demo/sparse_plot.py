@@ -1,4 +1,4 @@
-"""The picture of ``qlinear demo --sparse``: quality against sparsity, a panel for each model."""
+"""The picture of ``qlinear demo --sparse``: quality against sparsity, a panel for each model and measure."""
 
 from __future__ import annotations
 
@@ -27,18 +27,28 @@ def plot(models: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(models), figsize=(7.5 * len(models), 5), squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
-        _panel(axis, model)
+    panels = [(model, metric) for model in models for metric in _metrics(model)]
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(7.5 * columns, 5 * rows), squeeze=False)
+    for axis, (model, metric) in zip(axes.flat, panels, strict=False):
+        _panel(axis, model, metric)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def _panel(axis: Any, model: dict[str, Any]) -> None:
-    metric, whole = next(iter(model["float"]["quality"].items()))
-    axis.axhline(whole, color="black", linewidth=1, label="float")
+def _metrics(model: dict[str, Any]) -> list[str]:
+    """The first measure, and what is compared with people's labels where there are any."""
+    first = next(iter(model["float"]["quality"]))
+    return [first, model["labels"]] if model["labels"] else [first]
+
+
+def _panel(axis: Any, model: dict[str, Any], metric: str) -> None:
+    axis.axhline(model["float"]["quality"][metric], color="black", linewidth=1, label="float")
     curves: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
     for row in model["pruned"]:
         bits = FORMATS[row["scheme"]].bits if row["scheme"] in FORMATS else 16
@@ -61,5 +71,5 @@ def _panel(axis: Any, model: dict[str, Any]) -> None:
         axis.set_yscale("log")
     axis.set_title(model["float"]["model"])
     axis.set_xlabel("share of weights, blocks or neurons removed")
-    axis.set_ylabel(metric)
+    axis.set_ylabel("correlation with people's ratings" if metric == model["labels"] else metric)
     axis.grid(alpha=0.3)

@@ -34,6 +34,8 @@ class Subject:
     note: str
     #: Linear layers that the measure does not depend on; they are left alone.
     unused: tuple[str, ...] = ()
+    #: Which of the numbers says how well the model agrees with people's labels; empty where there are none.
+    labels: str = ""
 
 
 def encoder(no_download: bool, say: Callable[[str], None], documents: int = 30) -> Subject:
@@ -72,6 +74,7 @@ def encoder(no_download: bool, say: Callable[[str], None], documents: int = 30) 
         False,
         note,
         ("pooler.dense",),
+        "people",
     )
 
 
