@@ -32,6 +32,8 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Seconds of each step by scheme, first with an empty Triton cache, then with what that left in it.
 
+    Each row also has the names of the kernels that were ``compiled``, and of those ``loaded`` from the cache instead.
+
     ``left`` is how many seconds the next process may take.
     """
     for scheme in schemes:
@@ -43,12 +45,12 @@ def measure(
 
 def show(rows: list[dict[str, Any]]) -> str:
     """One line for each process; milliseconds."""
-    header = ("scheme", "on", "Triton cache", *_STEPS, "kernels compiled")
+    header = ("scheme", "on", "Triton cache", *_STEPS, "kernels compiled", "kernels loaded")
     lines = [
         (
             *(row[name] for name in ("scheme", "device", "cache")),
             *(f"{row['seconds'][step] * 1e3:.1f}" if step in row["seconds"] else "" for step in _STEPS),
-            " ".join(row["kernels"]) or "none",
+            *(" ".join(row[how]) or "none" for how in ("compiled", "loaded")),
         )
         for row in rows
     ]
