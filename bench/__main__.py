@@ -147,13 +147,15 @@ def matmul(
 @click.option(
     "--schemes", default="w4a16,w8a8", show_default=True, type=options.DENSE_SCHEMES, help="Separated by commas."
 )
+@click.option("--rounds", default=3, show_default=True, type=options.COUNT, help="Fresh processes of each row.")
 @JSON
-def coldstart(schemes: tuple[str, ...], path: Path | None) -> None:
+def coldstart(schemes: tuple[str, ...], rounds: int, path: Path | None) -> None:
     """What the first call costs in a fresh process: imports, compiling with an empty and a filled Triton cache."""
-    from bench.coldstart import measure, show
+    from bench.coldstart import measure, medians, show
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        rows = list(measure("cuda" if torch.cuda.is_available() else "cpu", schemes))
+        rows = medians([row for _ in range(rounds) for row in measure(device, schemes)])
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         raise click.ClickException(" ".join(str(error).split())) from None
     _report(show(rows), {"rows": rows}, path)

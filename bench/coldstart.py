@@ -1,17 +1,18 @@
 """``python -m bench coldstart``: what the first call costs in a fresh process, with an empty and a filled Triton cache.
 
 On a GPU: the operator itself. Without one: the kernels of that call, compiled ahead of time for an H100 (what a first
-call on one spends on compiling, nothing else), and the first calls of the CPU path. Each row is a process of its own.
+call on one spends on compiling, nothing else), and the first calls of the CPU path. Each row is of fresh processes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def measure(
             for state in ("empty", "filled"):
                 found = _fresh([scheme, device], cache, left())
                 yield {"scheme": scheme, "device": device, "cache": state, **found}
+
+
+def medians(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for all of the same scheme and cache: the median of each step's seconds, and over how many processes."""
+    same: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        same.setdefault((row["scheme"], row["cache"]), []).append(row)
+    return [
+        each[0]
+        | {
+            "processes": len(each),
+            "seconds": {step: statistics.median(row["seconds"][step] for row in each) for step in each[0]["seconds"]},
+        }
+        for each in same.values()
+    ]
 
 
 def show(rows: list[dict[str, Any]]) -> str:

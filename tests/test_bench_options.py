@@ -41,8 +41,8 @@ def test_schemes_of_the_cold_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     asked: list[object] = []
     monkeypatch.setattr(coldstart, "measure", lambda device, schemes: asked.append(schemes) or [])
     file = tmp_path / "new" / "c.json"
-    assert run("coldstart", "--schemes", SPELLINGS[0], "--json", file) == 0
-    assert asked == [SPELLINGS[1]] and json.loads(file.read_text())["rows"] == []
+    assert run("coldstart", "--schemes", SPELLINGS[0], "--rounds", 2, "--json", file) == 0
+    assert asked == [SPELLINGS[1]] * 2 and json.loads(file.read_text())["rows"] == []
     assert os.listdir(file.parent) == ["c.json"]
 
 

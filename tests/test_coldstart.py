@@ -105,6 +105,17 @@ def test_the_command_measures_fresh_processes() -> None:
     assert filled.endswith("none                             _quantize_kernel _matmul_kernel")
 
 
+def test_rows_of_several_rounds_are_medians() -> None:
+    made = [
+        {"scheme": "w8a8", "device": "cpu", "cache": cache, "seconds": {"compile": seconds}}
+        for seconds in (3.0, 1.0, 9.0)
+        for cache in ("empty", "filled")
+    ]
+    empty, filled = coldstart.medians(made)
+    assert (empty["cache"], empty["seconds"], empty["processes"]) == ("empty", {"compile": 3.0}, 3)
+    assert filled["cache"] == "filled" and coldstart.medians([]) == []
+
+
 def test_a_process_that_fails_is_reported() -> None:
     with pytest.raises(RuntimeError, match=r"w3a16.* does not exist"):
         list(coldstart.measure("cpu", ("w3a16",)))
