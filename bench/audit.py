@@ -114,7 +114,8 @@ class Kernel:
     #: Copies are issued this many iterations ahead.
     ahead: int
     bytes_in_flight_per_sm: int
-    cubin: str
+    #: Its file in the folder of the cubins; None where they are not kept.
+    cubin: str | None
 
 
 @dataclass(frozen=True)

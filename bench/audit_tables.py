@@ -35,6 +35,9 @@ def run(
     mma_sp, unstructured = fragments.jobs_of(archs, schemes), bitmaps.jobs_of(archs, schemes)
 
     def read(job: Job, program: Sequence[Instruction], used: dict[str, Any]) -> Any:
+        if dump is None:
+            # The file goes with the scratch folder.
+            used = used | {"cubin": None}
         if job in jobs:
             return read_kernel(job, jobs[job], program, used)
         return (fragments if job.mma_sp else bitmaps).read(job, program, used)
@@ -48,7 +51,7 @@ def run(
     data["half_sparsity"] = [row for found in halves for row in found]
     sparse, data["sparse"] = fragments.report(on_sparse_cores, wanted)
     worth = [sparsity24.as_table(found, machine) for found, machine in zip(halves, machines, strict=True) if found]
-    bits, data["unstructured"] = bitmaps.report(kernels[job] for job in unstructured)
+    bits, data["unstructured"] = bitmaps.report([kernels[job] for job in unstructured])
     return "\n\n".join(part for part in [*parts[:-1], sparse, *worth, bits, *parts[-1:]] if part), data
 
 

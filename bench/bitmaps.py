@@ -6,7 +6,7 @@ other kernels (see :mod:`bench.audit`). Weights of an iteration are told by its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ def weights_per_iteration(loop: sass.Loop, job: Job) -> int:
     return macs // config.block_m
 
 
-def report(kernels: Iterable[Bitmap]) -> tuple[str, list[dict[str, Any]]]:
+def report(kernels: Sequence[Bitmap]) -> tuple[str, list[dict[str, Any]]]:
     """As text and as data."""
     rows = [
         (k.name, f"{k.slots_per_weight:.2f}", str(k.registers), str(k.spills), str(k.loads), str(k.loads_consumed))

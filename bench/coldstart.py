@@ -1,17 +1,18 @@
 """``python -m bench coldstart``: what the first call costs in a fresh process, with an empty and a filled Triton cache.
 
 On a GPU: the operator itself. Without one: the kernels of that call, compiled ahead of time for an H100 (what a first
-call on one spends on compiling, nothing else), and the first calls of the CPU path. Each row is a process of its own.
+call on one spends on compiling, nothing else), and the first calls of the CPU path. Each row is of fresh processes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Seconds of each step by scheme, first with an empty Triton cache, then with what that left in it.
 
+    Each row also has the names of the kernels that were ``compiled``, and of those ``loaded`` from the cache instead.
+
     ``left`` is how many seconds the next process may take.
     """
     for scheme in schemes:
@@ -41,14 +44,29 @@ def measure(
                 yield {"scheme": scheme, "device": device, "cache": state, **found}
 
 
+def medians(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for all of the same scheme and cache: the median of each step's seconds, and over how many processes."""
+    same: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        same.setdefault((row["scheme"], row["cache"]), []).append(row)
+    return [
+        each[0]
+        | {
+            "processes": len(each),
+            "seconds": {step: statistics.median(row["seconds"][step] for row in each) for step in each[0]["seconds"]},
+        }
+        for each in same.values()
+    ]
+
+
 def show(rows: list[dict[str, Any]]) -> str:
     """One line for each process; milliseconds."""
-    header = ("scheme", "on", "Triton cache", *_STEPS, "kernels compiled")
+    header = ("scheme", "on", "Triton cache", *_STEPS, "kernels compiled", "kernels loaded")
     lines = [
         (
             *(row[name] for name in ("scheme", "device", "cache")),
             *(f"{row['seconds'][step] * 1e3:.1f}" if step in row["seconds"] else "" for step in _STEPS),
-            " ".join(row["kernels"]) or "none",
+            *(" ".join(row[how]) or "none" for how in ("compiled", "loaded")),
         )
         for row in rows
     ]

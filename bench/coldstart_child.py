@@ -35,11 +35,10 @@ def run(scheme: str, device: str, n: int, k: int) -> dict[str, Any]:
 
     q = watch("make layer", layer)
     x = torch.zeros(1, k, dtype=torch.bfloat16, device=device)
-    kernels: list[str] = []
+    kernels: dict[str, list[str]] = {"compiled": [], "loaded": []}
     if device == "cuda":
-        triton = watch("import triton", lambda: importlib.import_module("triton"))
-        # Not a hook of the launcher: Triton 3.6 cannot tell one of kernels that take a function.
-        triton.knobs.compilation.listener = lambda **event: kernels.append(event["src"].name.split(".")[-1])
+        watch("import triton", lambda: importlib.import_module("triton"))
+        listen(kernels)
 
     def call() -> None:
         with torch.no_grad():
@@ -51,12 +50,24 @@ def run(scheme: str, device: str, n: int, k: int) -> dict[str, Any]:
     watch("second call", call)
     if device == "cpu":
         watch("import triton", lambda: importlib.import_module("qlinear.kernels.compile"))
-        kernels = watch("compile", lambda: compile_call(scheme, n, k))
-    return {"seconds": watch.seconds, "kernels": kernels}
+        listen(kernels)
+        watch("compile", lambda: compile_call(scheme, n, k))
+    return {"seconds": watch.seconds, **kernels}
 
 
-def compile_call(scheme: str, n: int, k: int) -> list[str]:
-    """Compiles what one call of the layer with one token launches on an H100; the names of the kernels."""
+def listen(kernels: dict[str, list[str]]) -> None:
+    """From now on every kernel's name is put down: as compiled, or as loaded from Triton's cache."""
+    import triton
+
+    def heard(src: Any, cache_hit: bool, **_: Any) -> None:
+        kernels["loaded" if cache_hit else "compiled"].append(src.name.split(".")[-1])
+
+    # Not a hook of the launcher: Triton 3.6 cannot tell one of kernels that take a function.
+    triton.knobs.compilation.listener = heard
+
+
+def compile_call(scheme: str, n: int, k: int) -> None:
+    """Compiles what one call of the layer with one token launches on an H100, or loads it from Triton's cache."""
     import torch
 
     from qlinear.format import FORMATS
@@ -64,12 +75,10 @@ def compile_call(scheme: str, n: int, k: int) -> list[str]:
     from qlinear.kernels.configs import choose_config
 
     fmt, dtype = FORMATS[scheme], torch.bfloat16
-    compiled = []
     if fmt.quantized_activations:
-        compiled.append(compile_quantize(dtype, k, (9, 0), number=fmt.number))
+        compile_quantize(dtype, k, (9, 0), number=fmt.number)
     config = choose_config(1, n, k, fmt, dtype, (9, 0), 132)
-    compiled.append(compile_matmul(fmt, dtype, config, (9, 0), in_features=k))
-    return [kernel.metadata.name for kernel in compiled]
+    compile_matmul(fmt, dtype, config, (9, 0), in_features=k)
 
 
 if __name__ == "__main__":

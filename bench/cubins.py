@@ -110,6 +110,8 @@ class Counted:
     #: Loads of an iteration, and those whose numbers are used in the same one.
     loads: int
     loads_consumed: int
+    #: Its file in the folder of the cubins; None where they are not kept.
+    cubin: str | None
 
 
 def counts(job: Job, loop: Loop, slots_per_weight: float, used: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +127,7 @@ def counts(job: Job, loop: Loop, slots_per_weight: float, used: Mapping[str, Any
         "matrix_kinds": loop.matrix_kinds,
         "loads": loop.classes["load"],
         "loads_consumed": len(loop.loads_consumed()),
+        "cubin": used["cubin"],
     }
 
 

@@ -22,7 +22,6 @@ from bench.problems import LAYERS, TOKENS, Layer, layers_of
 from bench.sides import Side, Unavailable, float_side, operators, packed_side, quiet
 from bench.timing import in_turns, on, rotating
 from qlinear import reference
-from qlinear.format import Scheme
 from qlinear.kernels.graphs import replayed
 from qlinear.machines import MACHINES, Machine
 from qlinear.packing import PackedWeight, pack
@@ -71,36 +70,23 @@ CPU_LAYERS = [*layers_of(["SmolLM2-135M"]), ("Llama-3-8B", "q,o", 4096, 4096)]
 
 
 def jobs(
-    models: str | None,
-    schemes: str | None,
-    tokens: str | None,
-    dtypes: str,
-    device: str | None,
+    models: Sequence[str] | None,
+    schemes: Sequence[str] | None,
+    tokens: Sequence[int] | None,
+    dtypes: Sequence[str],
+    device: torch.device | None,
     seconds: float,
     peers: Sequence[str],
 ) -> list[tuple[Sequence[Layer], Settings]]:
-    """What the command line asks for, by dtype; None is the device's default.
-
-    Raises:
-        ValueError: a name or a number is not right.
-    """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type not in ("cpu", "cuda") or (where.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"there is no device {device!r} to measure on here")
+    """What the command line asks for, by dtype (the names of :mod:`bench.options`); None is the device's default."""
+    where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = where.type == "cpu"
     default = CPU_LAYERS if on_cpu else layers_of(LAYERS)
-    layers = default if models is None else layers_of(models.split(","))
-    numbers = [int(part) if part.isdecimal() else 0 for part in tokens.split(",")] if tokens else []
-    if 0 in numbers:
-        raise ValueError(f"tokens are positive numbers separated by commas, got {tokens!r}")
-    chosen = tuple(str(Scheme.parse(name)) for name in schemes.split(",")) if schemes else SCHEMES
-    found: list[tuple[Sequence[Layer], Settings]] = []
-    for name in dtypes.split(","):
-        if name not in ("float16", "bfloat16", "float32"):
-            raise ValueError(f"a dtype is float16, bfloat16 or float32, got {name!r}")
-        counts = numbers or (CPU_TOKENS if on_cpu else TOKENS)
-        found.append((layers, Settings(where, getattr(torch, name), counts, chosen, peers, seconds)))
-    return found
+    layers = default if models is None else layers_of(models)
+    counts = tokens or (CPU_TOKENS if on_cpu else TOKENS)
+    return [
+        (layers, Settings(where, getattr(torch, name), counts, schemes or SCHEMES, peers, seconds)) for name in dtypes
+    ]
 
 
 def machine_of(device: torch.device) -> Machine | None:

@@ -275,6 +275,20 @@ def test_what_is_written_as_json(dumped) -> None:
     assert {row["bound"] for row in rows if row["M"] >= 256} == {"dequantize"}
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["dump", "no-dump"])
+def test_every_kernel_names_its_cubin_where_that_is_kept(kept: bool, tmp_path: Path) -> None:
+    """Also those that are counted apart: on sparse tensor cores, and of unstructured weights."""
+    schemes = ["w16a16-2:4", "w16a16-unstructured"]
+    _, data = run(["sm_90"], ["SmolLM2-135M"], schemes, tmp_path / "cubins" if kept else None)
+    kinds = [data["kernels"], data["sparse"]["kernels"], data["unstructured"]]
+    assert all(kinds)
+    named = [kernel["cubin"] for kernels in kinds for kernel in kernels]
+    if kept:
+        assert sorted(named) == sorted(path.name for path in (tmp_path / "cubins").iterdir())
+    else:
+        assert set(named) == {None}
+
+
 def recounted(cubin: bytes, threads: int, weights: int) -> float:
     """Slots per weight by other means: another tool's listing, line by line, and the shortest stretch that a backward
     branch closes around most matrix instructions."""

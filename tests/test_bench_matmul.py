@@ -157,37 +157,21 @@ def test_gpus_are_found_by_name(name: str, found: str | None, monkeypatch: pytes
     assert matmul.machine_of(CPU) is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"models": "GPT-9"}, "there is no model 'GPT-9'; the models are: SmolLM2-135M"),
-        ({"schemes": "w3a16"}, "scheme 'w3a16' does not exist"),
-        ({"tokens": "1,zero"}, "tokens are positive numbers separated by commas, got '1,zero'"),
-        ({"dtypes": "float8"}, "a dtype is float16, bfloat16 or float32, got 'float8'"),
-        ({"device": "mps"}, "there is no device 'mps' to measure on here"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_errors_name_what_was_got(changes: dict[str, str], message: str) -> None:
-    asked = dict.fromkeys(("models", "schemes", "tokens", "device")) | {"dtypes": "bfloat16"} | changes
-    with pytest.raises(ValueError, match=message):
-        matmul.jobs(**asked, seconds=0.1, peers=())
-
-
 def test_jobs_of_the_command_line() -> None:
-    jobs = matmul.jobs("SmolLM2-135M", "w4a16-g128,w8a8", "1,7", "bfloat16,float32", "cpu", 0.1, ())
+    jobs = matmul.jobs(("SmolLM2-135M",), ("w4a16",), (1, 7), ("bfloat16", "float32"), CPU, 0.1, ())
     assert [job.dtype for _, job in jobs] == [torch.bfloat16, torch.float32]
     layers, first = jobs[0]
-    assert len(layers) == 4 and first.schemes == ("w4a16", "w8a8") and tuple(first.tokens) == (1, 7)
-    with pytest.raises(ValueError, match="there is no peer 'cutlass'"):
-        peers.choose(["cutlass"])
+    assert len(layers) == 4 and first.schemes == ("w4a16",) and tuple(first.tokens) == (1, 7)
+    ((layers, by_default),) = matmul.jobs(None, None, None, ("bfloat16",), CPU, 0.1, ())
+    assert ("Llama-3-8B", "q,o", 4096, 4096) in layers and by_default.schemes == matmul.SCHEMES
+    assert tuple(by_default.tokens) == matmul.CPU_TOKENS
 
 
 def test_a_bad_option_is_one_line() -> None:
     command = [sys.executable, "-m", "bench", "matmul", "--models", "GPT-9"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.startswith("Error: there is no model 'GPT-9'") and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and result.stdout == ""
+    assert "there is no model 'GPT-9' here, but: SmolLM2-135M" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_turns_are_many_and_short() -> None:

@@ -104,10 +104,24 @@ def test_making_a_layer_compiles_and_imports_nothing() -> None:
 def test_the_command_measures_fresh_processes() -> None:
     rows = list(coldstart.measure("cpu", ("w8a8",)))
     assert [row["cache"] for row in rows] == ["empty", "filled"]
+    kernels = ["_quantize_kernel", "_matmul_kernel"]
+    assert [(row["compiled"], row["loaded"]) for row in rows] == [(kernels, []), ([], kernels)]
     for row in rows:
-        assert row["kernels"] == ["_quantize_kernel", "_matmul_kernel"]
         assert set(row["seconds"]) == set(coldstart._STEPS) and min(row["seconds"].values()) > 0
-    assert "_quantize_kernel _matmul_kernel" in coldstart.show(rows)
+    empty, filled = coldstart.show(rows).splitlines()[-2:]
+    assert empty.endswith("_quantize_kernel _matmul_kernel  none")
+    assert filled.endswith("none                             _quantize_kernel _matmul_kernel")
+
+
+def test_rows_of_several_rounds_are_medians() -> None:
+    made = [
+        {"scheme": "w8a8", "device": "cpu", "cache": cache, "seconds": {"compile": seconds}}
+        for seconds in (3.0, 1.0, 9.0)
+        for cache in ("empty", "filled")
+    ]
+    empty, filled = coldstart.medians(made)
+    assert (empty["cache"], empty["seconds"], empty["processes"]) == ("empty", {"compile": 3.0}, 3)
+    assert filled["cache"] == "filled" and coldstart.medians([]) == []
 
 
 def test_a_process_that_fails_is_reported() -> None:

@@ -232,13 +232,24 @@ def test_bad_requests_are_named() -> None:
         ([], "either MODEL or --layer"),
         (["m", "--layer", "64x64"], "either MODEL or --layer"),
         (["--layer", "4096"], "NxK"),
-        (["--layer", "4096x4096", "--tokens", "1,-3"], "'-3'"),
+        (["--layer", "4096xa"], "--layer 4096xa: a layer is NxK"),
+        (["--layer", "4096x4096", "--tokens", "1,-3"], "--tokens 1,-3: wanted whole numbers from 1 on"),
+        (["--layer", "4096x4096", "--tokens", "a"], "--tokens a: wanted whole numbers from 1 on"),
+        (["--layer", "4096x4096", "--tokens", ""], "--tokens : wanted whole numbers from 1 on"),
+        (["--layer", "4096x4096", "--device", "foo"], "--device foo: there is no such device; give cpu, cuda"),
+        (["--clear", "--layer", "1x1"], "--clear measures nothing: it does not go with --layer"),
+        (["--clear", "model"], "--clear measures nothing: it does not go with MODEL"),
+        (["--clear", "--json", "x.json"], "--clear measures nothing: it does not go with --json"),
+        (["--install", __file__, "--again"], "--install measures nothing: it does not go with --again"),
         (["--layer", "4096x4096", "--scheme", "w3a16"], "w3a16"),
         (["--install", __file__], "no tuned table"),
     ],
-    ids=["no-gpu", "no-gpu-model", "nothing", "both", "shape", "tokens", "scheme", "install"],
+    ids=lambda value: " ".join(value).replace(__file__, "FILE") or "nothing" if isinstance(value, list) else "",
 )
-def test_without_a_gpu_it_says_so_in_one_line(arguments: list[str], wanted: str, capsys: Captured) -> None:
+def test_without_a_gpu_it_says_so_in_one_line(
+    arguments: list[str], wanted: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("QLINEAR_CACHE", str(tmp_path))
     assert run("tune", *arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and wanted in printed.err and len(printed.err.strip().splitlines()) == 1

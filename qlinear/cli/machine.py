@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 
 import qlinear
-from qlinear.cli.options import DTYPES, FILE, JSON, load, maybe_json
+from qlinear.cli.options import DTYPES, FILE, JSON, device_option, load, maybe_json
 from qlinear.tuning import check_device
 
 
@@ -46,14 +47,16 @@ def demo(model: str | None, no_download: bool, seed: int, sparse: bool, picture:
 @click.option("--tokens", default="1,16,64,128,256", show_default=True, help="Separated by commas; 256: many.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of activations.")
 @click.option("--time-limit", default=300.0, show_default=True, type=click.FloatRange(0), help="In seconds.")
-@click.option("--device", default="cuda", show_default=True)
+@device_option("cuda", "The GPU to measure.")
 @click.option("--again", is_flag=True, help="Also measure what is known already.")
 @click.option("--clear", is_flag=True, help="Remove every table that is kept, and measure nothing.")
 @click.option(
     "--install", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Keep this table instead."
 )
 @JSON
+@click.pass_context
 def tune(
+    context: click.Context,
     model: str | None,
     layers: tuple[str, ...],
     schemes: tuple[str, ...],
@@ -75,6 +78,7 @@ def tune(
     if clear or install:
         from qlinear.kernels import tuned
 
+        _refuse_others(context, "clear", "install")
         if clear:
             click.echo(f"removed {tuned.clear()} tuned tables from {tuned.folder()}")
         if install:
@@ -87,7 +91,7 @@ def tune(
         [_shape(text) for text in layers] if model is None else _load_for(model, device),
         schemes or ("w4a16",),
         dtype=getattr(torch, dtype),
-        tokens=[_count(text) for text in tokens.split(",")],
+        tokens=_tokens(tokens),
         time_limit=time_limit,
         again=again,
         device=device,
@@ -115,12 +119,31 @@ def _load_for(model: str, device: str) -> Any:
     return load(model)[0]
 
 
+def _refuse_others(context: click.Context, *names: str) -> None:
+    """Raises a ValueError where anything else was given than these options, which measure nothing."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name not in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            given = "MODEL" if isinstance(parameter, click.Argument) else parameter.opts[0]
+            option = next(f"--{other}" for other in names if context.params[other])
+            raise ValueError(f"{option} measures nothing: it does not go with {given}")
+
+
 def _shape(text: str) -> tuple[int, int]:
     n, _, k = text.lower().partition("x")
-    return _count(n), _count(k)
+    found = _count(n), _count(k)
+    if 0 in found:
+        raise ValueError(f"--layer {text}: a layer is NxK in whole numbers from 1 on, for example 4096x4096")
+    return found
+
+
+def _tokens(text: str) -> list[int]:
+    found = [_count(part) for part in text.split(",")]
+    if 0 in found:
+        raise ValueError(f"--tokens {text}: wanted whole numbers from 1 on, separated by commas, for example 1,16,256")
+    return found
 
 
 def _count(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise ValueError(f"{text!r} is no positive number (a layer is NxK, for example 4096x4096)")
-    return int(text)
+    """A positive number, or 0 where the text is none."""
+    return int(text) if text.strip().isdecimal() else 0

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import qlinear
-from qlinear.cli.options import DTYPES, FILE, JSON, SCHEME_HELP, load, maybe_json
+from qlinear.cli.options import DTYPES, FILE, JSON, SCHEME_HELP, device_option, load, maybe_json
 from qlinear.pruning import METHODS, SCOPES
 from qlinear.tables import by_pattern
 
@@ -26,7 +26,7 @@ _SHARE_HELP = (
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--scheme", "schemes", multiple=True, required=True, help=SCHEME_HELP)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Load the float model in this dtype (its own by default).")
-@click.option("--device", default="cpu", show_default=True, help="Where to quantize, for example cuda.")
+@device_option("cpu", "Where to quantize, for example cuda.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 @JSON
 def convert(
@@ -68,7 +68,7 @@ def convert(
 @click.option("--length", default=512, show_default=True, help="Tokens in a window.")
 @click.option("--no-download", is_flag=True, help="Never fetch the default calibration text.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Load the model in this dtype (its own by default).")
-@click.option("--device", default="cpu", show_default=True, help="Where to prune, for example cuda.")
+@device_option("cpu", "Where to prune, for example cuda.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 @JSON
 def prune(source: str, target: Path, json_path: Path | None, **options: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -15,6 +16,23 @@ SCHEME_HELP = (
     "A scheme for every linear layer, or PATTERN=SCHEME (repeatable, first match wins; SCHEME 'none' leaves a layer)."
 )
 DTYPES = ("bfloat16", "float16", "float32")
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def device_option(default: str, text: str) -> Callable[[_Command], _Command]:
+    """``--device``: its name is checked before anything is loaded."""
+    return click.option("--device", default=default, show_default=True, callback=_device_name, help=text)
+
+
+def _device_name(_: click.Context, __: click.Parameter, name: str) -> str:
+    import torch
+
+    try:
+        torch.device(name)
+    except RuntimeError:
+        # torch's own message lists every backend that was ever registered.
+        raise ValueError(f"--device {name}: there is no such device; give cpu, cuda or cuda:N") from None
+    return name
 
 
 def load(model: str, dtype: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
