@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import bitmaps, fragments, sparsity, sparsity24
+from bench import bitmaps, contract, fragments, sparsity, sparsity24
 from bench.audit import SCHEMES, Audited, job_and_config, jobs_of, read_kernel, steps
 from bench.budgets import KNOWN, excesses
 from bench.cubins import DTYPES, Job, read_all
 from bench.predict import Prediction, dequantizes, predict, traffic
-from bench.problems import Problem, problems
+from bench.problems import TOKENS, Problem, problems
 from bench.sass import Instruction
 from qlinear.kernels.crossover import dequantize_seconds, vendor_seconds
 from qlinear.machines import MACHINES, Machine
@@ -28,7 +28,8 @@ def run(
     Args:
         dump: where the cubins go; None for nowhere.
     """
-    wanted, counted = problems(models), [name for name in schemes if name in SCHEMES]
+    tokens = sorted({*TOKENS, *contract.TOKENS})
+    wanted, counted = problems(models, tokens), [name for name in schemes if name in SCHEMES]
     jobs: dict[Job, Problem] = {}
     for arch in archs:
         jobs |= jobs_of(wanted, counted, arch)
@@ -61,7 +62,10 @@ def _tables(
     """What does not need the kernels on sparse tensor cores; budgets come last."""
     rows = [row for machine in machines for row in predictions(audited, wanted, schemes, machine)]
     over = [line + " (known)" * (line in KNOWN) for line in excesses(audited)]
-    parts = [kernel_table(audited.values()), *(machine_table(rows, machine) for machine in machines)]
+    parts = [kernel_table(audited.values())]
+    slowest = [contract.worst(rows, machine) for machine in machines]
+    for machine, found in zip(machines, slowest, strict=True):
+        parts += [part for part in (machine_table(rows, machine), contract.as_table(found, machine)) if part]
     crossovers = [sparsity.rows(audited, wanted, machine) for machine in machines]
     parts += [sparsity.as_table(found, machine) for found, machine in zip(crossovers, machines, strict=True) if found]
     parts.append(
@@ -69,7 +73,8 @@ def _tables(
     )
     kernels = [asdict(a.kernel) for a in audited.values()]
     crossover = [row for found in crossovers for row in found]
-    return parts, {"kernels": kernels, "predictions": rows, "over_budget": over, "crossover_sparsity": crossover}
+    data = {"kernels": kernels, "predictions": rows, "over_budget": over, "crossover_sparsity": crossover}
+    return parts, data | {"contract": [row for found in slowest for row in found]}
 
 
 def predictions(
@@ -163,7 +168,7 @@ def machine_table(rows: Sequence[dict[str, Any]], machine: Machine) -> str:
     mine = [row for row in rows if row["machine"] == machine.name]
     n = max((row["N"] for row in mine if row["N"] == row["K"]), default=0)
     shown = [row for row in mine if row["N"] == row["K"] == n]
-    tokens = sorted({row["M"] for row in shown})
+    tokens = sorted({row["M"] for row in shown} & set(TOKENS))
     lines = []
     for scheme, dtype in dict.fromkeys((row["scheme"], row["dtype"]) for row in shown):
         by_tokens = {row["M"]: row for row in shown if (row["scheme"], row["dtype"]) == (scheme, dtype)}

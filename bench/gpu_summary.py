@@ -7,17 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.contract import wanted
 from bench.gpu_job import Result
 from bench.plots import plot, show
 from qlinear.tables import table
 
-#: What the speed contract asks for: at least so many times as fast as 16 bit, from so many tokens on.
-CONTRACT: dict[str, tuple[tuple[int, float], ...]] = {
-    "w4a16": ((1, 1.0), (129, 0.85), (2049, 0.95)),
-    "w8a16": ((1, 1.0), (129, 0.85), (2049, 0.95)),
-    "w8a8": ((1, 1.0),),
-    "fp8": ((1, 1.0),),
-}
 #: Failures and left-outs shown of each stage.
 _SHOWN = 12
 
@@ -79,24 +73,19 @@ def _problems(name: str, result: Result) -> list[str]:
     return [f"### {name}", _fenced("\n".join(lines))] if lines else []
 
 
-def _wanted(scheme: str, m: int) -> float | None:
-    steps = [factor for first, factor in CONTRACT.get(scheme, ()) if m >= first]
-    return steps[-1] if steps else None
-
-
 def _contract(rows: Sequence[Result]) -> str:
     """The rows that are slower than the speed contract allows."""
     lines, held = [], 0
     for row in rows:
-        wanted, base = _wanted(row["scheme"], row["m"]), row["float_us"].get(row["dtype"])
-        if row["us"] is None or wanted is None or base is None:
+        asked, base = wanted(row["scheme"], row["m"]), row["float_us"].get(row["dtype"])
+        if row["us"] is None or asked is None or base is None:
             continue
         ratio = base / row["us"]
-        if ratio >= wanted:
+        if ratio >= asked:
             held += 1
         else:
             problem = f"{row['m']} x {row['n']} x {row['k']}"
-            lines.append((row["scheme"], row["dtype"], problem, f"{ratio:.2f}x", f"{wanted:.2f}x", row["path"]))
+            lines.append((row["scheme"], row["dtype"], problem, f"{ratio:.2f}x", f"{asked:.2f}x", row["path"]))
     head = f"speed contract against 16 bit: {held} held, {len(lines)} broken"
     broken = table(("scheme", "dtype", "M x N x K", "is", "wanted", "path"), lines, right=(3, 4))
     return f"{head}\n{broken}" if lines else head

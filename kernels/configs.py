@@ -59,15 +59,24 @@ class Config:
             return True
         return fmt.sparsity == "2:4" and (self.block_m <= 16 or capability[0] in (9, 10))
 
+    def parts_ahead(self, capability: Capability) -> int:
+        """Parts of K that are read at a time when they are added: on sm_90 as many as 64 registers hold.
+
+        Elsewhere ptxas then spills, or waits for loads of the loop in their own iteration.
+        """
+        return 1 if capability != (9, 0) else max(1, min(8, 64 * 32 * self.num_warps // (self.block_m * self.block_n)))
+
     def options(self, fmt: Format, capability: Capability) -> dict[str, int]:
         """What the kernel is compiled with, beside its constants."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if isinstance(capability, str):
+            return options
         # Left to itself ptxas stops at 96, 128 or 168 registers, where one more program would fit a processor, and
-        # spills the scales of int8 groups, what decodes e4m3, or sums of W4A8. Told that it may, it takes a few more,
-        # or 140 or 230, and two programs still fit.
+        # spills the scales of int8 groups, what decodes e4m3, sums of W4A8, or what adds the parts of K. Told that it
+        # may, it takes a few more, and two programs of 4 warps still fit.
         grouped8 = fmt.bits == 8 and fmt.group_size is not None and self.num_warps == 4
         spills = fmt.packing == "planar_e4m3" or grouped8 or (fmt.bits == 4 and fmt.integer_sums)
-        if (spills or self.num_warps == 2) and not isinstance(capability, str) and capability[0] != 9:
+        if self.block_m <= 16 if capability[0] == 9 else spills or self.num_warps == 2:
             options["maxnreg"] = 255
         return options
 
@@ -130,7 +139,7 @@ def _few_tokens(
 def _many_tokens(
     bucket: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
 ) -> tuple[Tile, int]:
-    """The tile and the parts of K that take the least time by count, for as many tokens as the bucket has."""
+    """The tile and the parts of K that take the least time by count, for the upper half of the bucket's tokens."""
     machine, blocks = machine_for(capability, num_sms), -(-k // BLOCK_K)
 
     def parts(tile: Tile) -> Iterator[int]:
@@ -140,7 +149,9 @@ def _many_tokens(
         yield from (split for split in range(1, max(1, most) + 1) if _no_empty_part(blocks, split) == split)
 
     choices = [(tile, split) for tile in tiles_of(bucket, fmt, dtype, capability) for split in parts(tile)]
-    times = [kernel_seconds(bucket, n, k, fmt, dtype, machine, *choice) for choice in choices]
+    # At one number of tokens alone, tiles that happen to fill the processors there would win.
+    tokens = [bucket * eighths // 8 for eighths in (5, 6, 7, 8)]
+    times = [sum(kernel_seconds(m, n, k, fmt, dtype, machine, *choice) for m in tokens) for choice in choices]
     # The first, which is the widest in the fewest parts, of those that are as good as equal.
     return next(choice for choice, time in zip(choices, times, strict=True) if time <= 1.03 * min(times))
 

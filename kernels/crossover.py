@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate
 
 import torch
 
@@ -76,11 +76,13 @@ def _counted(
     if isinstance(capability, str):
         return _AMD_TOKENS
     machine = replace(machine_for(capability, num_sms), l2_bytes=l2_bytes)
-    for most, m in pairwise(ENDS):
-        other = vendor_seconds(m, n, k, machine) if kept else dequantize_seconds(m, n, k, fmt, machine)
-        if other < fused_seconds(m, n, k, fmt, dtype, machine):
-            return most
-    return MOST_TOKENS
+    kernel = [fused_seconds(m, n, k, fmt, dtype, machine) for m in ENDS]
+    other = [vendor_seconds(m, n, k, machine) if kept else dequantize_seconds(m, n, k, fmt, machine) for m in ENDS]
+    # The two may cross more than once, as tiles fill the processors or do not: the end that loses least in all. Up to
+    # the first the kernel is always taken.
+    lost = [(a - b) / min(a, b) for a, b in zip(kernel, other, strict=True)]
+    totals = list(accumulate(lost[1:], initial=0.0))
+    return ENDS[totals.index(min(totals))]
 
 
 def vendor_seconds(m: int, n: int, k: int, machine: Machine) -> float:

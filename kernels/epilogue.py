@@ -28,8 +28,9 @@ def store_output(acc, y_ptr, scale, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N,
 
 @triton.jit
 def share_partials(
-    acc, partial_ptr, counter_ptr, tile, split, splits, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+    acc, partial_ptr, counter_ptr, tile, split, splits, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr = 1,
+):  # fmt: skip
     """Split-K in one launch: returns ``(sum of all partials, whether this program is the one that stores it)``.
 
     Every program writes its partial sum and counts itself in; the last to arrive adds all of them in the order of
@@ -45,8 +46,7 @@ def share_partials(
     if is_last:
         tl.store(counter_ptr + tile, 0)
         acc = tl.zeros_like(acc)
-        # As many parts are on their way at a time as registers hold: one by one each is a trip to the L2 cache.
-        AHEAD: tl.constexpr = max(1, min(8, 16384 // (BLOCK_M * BLOCK_N)))
+        # AHEAD parts are on their way at a time: one by one each is a trip to the L2 cache.
         for s in range(0, splits, AHEAD):
             for i in tl.static_range(AHEAD):
                 # .cg: not from L1, which other processors' writes do not reach.

@@ -19,9 +19,8 @@ from qlinear.machines import MACHINES, MULTIPLIED, Machine
 #: does as well as Marlin, which has 0.65 times the speed of 16 bit at 1024 tokens on an H100 (8192 x 8192), by an
 #: instruction that reaches 0.75 of the peak there (vllm#7174), and 0.72 to 0.93 times on an A100, where it reaches all.
 FUSED = 0.87
-#: Bytes a clock between a multiprocessor and the L2 cache: 5120 for the 108 of an A100, by its white paper; assumed for
-#: all others, of which nothing is published.
-_L2_BYTES_PER_CLOCK = 5120 / 108
+#: Bytes a clock of an L2 cache of which nothing is published: the A100's.
+_L2_BYTES_PER_CLOCK = 5120
 
 
 class Slots(NamedTuple):
@@ -86,7 +85,7 @@ def kernel_seconds(
         weights * _slots(machine, block_m, block_n, fmt) / 128 / machine.clock_hz,
         weights * block_m / macs_per_s(fmt, machine),
         (weight + x + y) / machine.stream_bytes_per_s,
-        (weight * tiles_m + x * tiles_n + partials + y) / (machine.sms * _L2_BYTES_PER_CLOCK * machine.clock_hz),
+        (weight * tiles_m + x * tiles_n + partials + y) / _l2_bytes_per_s(machine),
     )
     return max(times) + adding_seconds(block_m * block_n, split_k, machine)
 
@@ -94,7 +93,11 @@ def kernel_seconds(
 def adding_seconds(sums: int, split_k: int, machine: Machine) -> float:
     """One program adds all parts of a tile of so many sums, while the others of the tile are done."""
     added = 4 * sums * split_k if split_k > 1 else 0
-    return added / (_L2_BYTES_PER_CLOCK * machine.clock_hz)
+    return added / (_l2_bytes_per_s(machine) / machine.sms)
+
+
+def _l2_bytes_per_s(machine: Machine) -> float:
+    return (machine.l2_bytes_per_clock or _L2_BYTES_PER_CLOCK) * machine.clock_hz
 
 
 def macs_per_s(fmt: Format, machine: Machine) -> float:

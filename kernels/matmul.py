@@ -35,7 +35,7 @@ def _matmul_kernel(
     M, N, K, stride_xm, splits,
     DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
     JOIN: tl.constexpr, MASK_K: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
-    FLOAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FLOAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] * (code[n, k] - zero[n, k // GROUP]) * scale[n, k // GROUP] * x_scale[m] + bias[n]
 
@@ -138,7 +138,7 @@ def _matmul_kernel(
     is_last = splits == 1
     if splits > 1:
         acc, is_last = share_partials(
-            acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N
+            acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N, AHEAD
         )
     if is_last:
         scale = scales[0] if GROUP is None and not FLOAT else None
@@ -163,6 +163,7 @@ def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config
         "FLOAT": fmt.number == "float",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "AHEAD": config.parts_ahead(target.capability),
     }
 
 

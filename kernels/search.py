@@ -12,7 +12,7 @@ from qlinear.format import BLOCK_K, FORMATS, Format
 from qlinear.kernels.configs import Config, bucket_of, choose_config, refusal
 from qlinear.kernels.crossover import ENDS, MOST_TOKENS
 from qlinear.kernels.runtime import Target
-from qlinear.kernels.tile_table import M_BUCKETS, MANY, tiles_of
+from qlinear.kernels.tile_table import M_BUCKETS, tiles_of
 from qlinear.kernels.tuned import Table
 
 #: A candidate must be so many times as fast as the best so far, twice: less is noise.
@@ -194,6 +194,6 @@ def plan(layers: list[tuple[str, int, int]], dtype: torch.dtype, tokens: list[in
     buckets = sorted({bucket_of(m) for m in tokens})
     found = [Problem(scheme, dtype, bucket, n, k) for bucket in buckets for scheme, n, k in ordered]
     crossing = [layer for layer in ordered if not FORMATS[layer[0]].quantized_activations and dtype != torch.float32]
-    if MANY in buckets:
+    if buckets[-1] > ENDS[0]:
         found += [Problem(scheme, dtype, 0, n, k) for scheme, n, k in crossing]
     return found

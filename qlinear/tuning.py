@@ -101,7 +101,7 @@ def tune(
             (out_features, in_features).
         schemes: for float layers and for shapes.
         dtype: of the activations.
-        tokens: numbers of tokens; each stands for its whole bucket, and more than 512 for the crossover as well.
+        tokens: numbers of tokens; each stands for its whole bucket, and more than 128 for the crossover as well.
         time_limit: seconds after which no measurement is begun.
         again: measure what the file has already.
         progress: a progress bar on standard error; None shows it on a terminal.

@@ -10,10 +10,10 @@ from models import random_packed, relative_error
 import qlinear
 from qlinear import cpu, ops, paths, reference, token_ops
 from qlinear.format import DENSE, ROUNDED, Format
-from qlinear.kernels import activations, runtime
+from qlinear.kernels import activations, runtime, tuned
 from qlinear.kernels import dequantize as kernels_dequantize
 
-#: A layer this small leaves the kernel after 128 tokens.
+#: More than a tile has.
 MANY = 129
 ALL = pytest.mark.parametrize("fmt", DENSE.values(), ids=str)
 
@@ -45,6 +45,7 @@ def test_many_tokens_in_slices_of_the_weight(
     rows: list[int] = []
     real = kernels_dequantize.dequantize_tensors
     monkeypatch.setattr(kernels_dequantize, "dense_rows", lambda *_: 128)
+    monkeypatch.setattr(tuned, "fused_tokens_on", lambda *_: 128)
     monkeypatch.setattr(kernels_dequantize, "dequantize_tensors", lambda *a: rows.append(a[3]) or real(*a))
     x = torch.randn(tokens, 200).half()
     y = ops._linear_cuda(x.to(device), packed, None, None)
