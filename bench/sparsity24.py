@@ -15,6 +15,7 @@ from bench.predict import macs_per_clock, traffic
 from bench.problems import Problem
 from bench.sparsity import DENSE, DTYPE, timing
 from qlinear.format import FORMATS
+from qlinear.kernels.estimate import adding_seconds
 from qlinear.kernels.mma_sp import choose_fragment_config
 from qlinear.machines import Machine
 from qlinear.tables import table
@@ -36,7 +37,8 @@ def fragment_seconds(kernel: Fragments, problem: Problem, machine: Machine) -> f
     issue = weights * kernel.slots_per_weight / (machine.slots_per_s / machine.sms)
     tensor = weights * config.block_m / (2 * macs_per_clock(fmt, machine)) / machine.clock_hz
     moved = traffic(problem, fmt, config, machine.capability)
-    return max(issue, tensor, moved.memory / machine.stream_bytes_per_s, moved.l2 / machine.l2_bytes_per_s)
+    least = max(issue, tensor, moved.memory / machine.stream_bytes_per_s, moved.l2 / machine.l2_bytes_per_s)
+    return least + adding_seconds(config.block_m * config.block_n, config.split_k, machine)
 
 
 def rows(
