@@ -48,8 +48,8 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-channel-asym": Slots(1.79, 2.05),
         "fp8": Slots(0.77, 0.77),
         "w8a16-fp8": Slots(2.34, 2.86),
-        # Per stored weight. What dense layers in groups of 64 take too: a row of blocks is too narrow for a warpgroup's
-        # products, and one warp has all of it.
+        # Per stored weight. Dense layers in groups of 64 take 12 % less in their wide tile, 4 % more in the narrow one.
+        # A row of blocks is too narrow for a warpgroup's products: one warp has all of it.
         "w4a16-block64": Slots(2.42, 2.68),
         "w8a16-block64": Slots(1.99, 2.73),
         "w16a16-block64": Slots(1.25, 1.25),

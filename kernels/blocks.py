@@ -180,9 +180,19 @@ def block_linear_tensors(
             x, weight, scale, index, None if bias is None else bias.contiguous(), y, partial, counter,
             m, out_features, k, x.stride(0), config.split_k,
             **block_constexprs(fmt, x.dtype, k, config, target),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **block_options(k, config, target.capability),
         )  # fmt: skip
     return y
+
+
+def block_options(in_features: int, config: Config, capability: Capability) -> dict[str, int]:
+    """What the kernel is compiled with, beside its constants."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    # With masks ptxas stops at 128 registers and spills 24 bytes of w8a16-block64 on sm_100; told that it may, it takes
+    # 146.
+    if in_features % config.block_n and not isinstance(capability, str):
+        options["maxnreg"] = 255
+    return options
 
 
 def block_constexprs(

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from qlinear.format import BLOCK_K, Format
 from qlinear.kernels.activations import _quantize_kernel, quantize_options, rounded_dtype
 from qlinear.kernels.bitmap import _bitmap_kernel, _expand_kernel, bitmap_constexprs, expand_constexprs
-from qlinear.kernels.blocks import _block_kernel, block_constexprs
+from qlinear.kernels.blocks import _block_kernel, block_constexprs, block_options
 from qlinear.kernels.configs import Config
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.dequantize import _dequantize_kernel
@@ -126,7 +126,7 @@ def compile_blocks(
     pointers |= {"w_ptr": word, "index_ptr": torch.int32, "partial_ptr": torch.float32, "counter_ptr": torch.int32}
     constants = block_constexprs(fmt, dtype, in_features, config, Target(capability, 132))
     integers = {"N": 4096, "K": in_features, "stride_xm": in_features}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = block_options(in_features, config, capability)
     return compile_kernel(_block_kernel, pointers, integers, constants, options, capability)
 
 

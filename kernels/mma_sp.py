@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def,assignment"
 
-"""2:4 weights on NVIDIA's sparse tensor cores, for few tokens: ``mma.sp.m16n8k32`` (PTX ISA; sm_80 and up).
+"""2:4 weights on NVIDIA's sparse tensor cores, for few tokens: ``mma.sp.m16n8k32`` (PTX ISA; sm_80 to sm_90).
 
 Opt-in and unverified: no GPU has run it yet. Ask for it with ``to_layout("mma.sp")``; the default of 2:4 weights is the
 ``triton`` layout.
@@ -183,7 +183,8 @@ def _mma_sp_kernel(
 
 def supports(fmt: Format, x_dtype: torch.dtype, scale_dtype: torch.dtype, target: Target) -> bool:
     """Whether the kernel multiplies tokens of ``x_dtype``; floats must have the dtype of x."""
-    known = isinstance(target.capability, tuple) and target.capability >= (8, 0)
+    # What has been compiled and read. Blackwell has other instructions for it.
+    known = isinstance(target.capability, tuple) and (8, 0) <= target.capability < (10, 0)
     return known and x_dtype in (torch.float16, torch.bfloat16) and (fmt.number == "int" or x_dtype == scale_dtype)
 
 

@@ -80,12 +80,14 @@ def jobs() -> list[Job]:
             configs = list(shipped_configs(DENSE[name], DTYPES[dtype], target))
             result.append(Job("matmul", target, dtype, DENSE[name], configs[i % len(configs)], options))
         if target in TARGETS:
-            # Another tile and dtype for each format.
-            for i, fmt in enumerate(fmt for fmt in FORMATS.values() if fmt.block):
-                dtype = ("fp32", "bf16", "fp16")[i]
-                configs = shipped_block_configs(fmt, DTYPES[dtype], target)
-                options = {"in_features": 200 if i else 4096}
-                result.append(Job("blocks", target, dtype, fmt, configs[(i + 1) % len(configs)], options))
+            for fmt in (fmt for fmt in FORMATS.values() if fmt.block):
+                for dtype in DTYPES:
+                    configs = shipped_block_configs(fmt, DTYPES[dtype], target)
+                    result += [Job("blocks", target, dtype, fmt, config) for config in configs]
+                ragged = {"in_features": 200}
+                result.append(
+                    Job("blocks", target, "bf16", fmt, shipped_block_configs(fmt, torch.bfloat16, target)[0], ragged)
+                )
             for i, fmt in enumerate(fmt for fmt in FORMATS.values() if fmt.sparsity == "unstructured"):
                 dtypes = DTYPES if target == (9, 0) else ("bf16", "fp32")
                 for dtype in dtypes:

@@ -99,7 +99,14 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
         mma_sp.fragment_linear_tensors(
             random_tokens(1, 64, torch.float16, device), dense.weight, dense.scale, None, None, dense.format, 20
         )
-    for capability, wanted in (((7, 5), False), ((8, 0), True), ((9, 0), True), ("gfx942", False)):
+    for capability, wanted in (
+        ((7, 5), False),
+        ((8, 0), True),
+        ((9, 0), True),
+        ((10, 0), False),
+        ((12, 0), False),
+        ("gfx942", False),
+    ):
         assert mma_sp.supports(packed.format, torch.bfloat16, torch.bfloat16, Target(capability, 1)) == wanted
 
 
