@@ -76,7 +76,8 @@ class Config:
         # may, it takes a few more, and two programs of 4 warps still fit.
         grouped8 = fmt.bits == 8 and fmt.group_size is not None and self.num_warps == 4
         spills = fmt.packing == "planar_e4m3" or grouped8 or (fmt.bits == 4 and fmt.integer_sums)
-        if self.block_m <= 16 if capability[0] == 9 else spills or self.num_warps == 2:
+        told = self.block_m <= 16 if capability[0] == 9 else spills or self.num_warps == 2
+        if told:
             options["maxnreg"] = 255
         return options
 

@@ -73,6 +73,10 @@ class Pattern:
         """Whether shapes change instead of weights becoming zero."""
         return self.kind in ("neurons", "heads")
 
+    def units(self, n: int, k: int) -> int:
+        """Blocks of a weight ``[n, k]``, those at the edges too; its weights where the pattern has no blocks."""
+        return -(-n // self.rows) * -(-k // self.columns)
+
     def holds(self, weight: Tensor) -> bool:
         """Whether no group of ``n:m`` in a weight ``[N, K]`` has more than ``n`` non-zeros; other patterns hold any."""
         if not self.m:

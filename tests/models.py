@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,12 @@ def needs_cpp_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         pytest.skip("there is no C++ compiler, which inductor needs on a CPU")
+
+
+def exit_code(command: Callable[[list[str]], object], *arguments: object) -> int:
+    """What a command line ends with."""
+    try:
+        command([str(a) for a in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import exit_code
 from test_cli import Captured
 
 from bench import audit_tables, coldstart, matmul, rounding
@@ -15,12 +16,8 @@ from bench.__main__ import main
 
 
 def run(*arguments: object) -> int:
-    """Runs the command; its exit code."""
-    try:
-        main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    """The command's exit code."""
+    return exit_code(main, *arguments)
 
 
 #: Every name that the rest of the product takes, and spaces; twice the same is once.

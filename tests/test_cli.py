@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import same_bits
+from models import exit_code, same_bits
 
 import qlinear
 from qlinear.cli import main
@@ -18,12 +18,8 @@ Captured = pytest.CaptureFixture[str]
 
 
 def run(*arguments: object) -> int:
-    """Runs the command; its exit code."""
-    try:
-        main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    """The command's exit code."""
+    return exit_code(main, *arguments)
 
 
 def test_convert_inspect_and_validate_a_folder(language_model: Path, tmp_path: Path, capsys: Captured) -> None:

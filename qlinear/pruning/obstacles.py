@@ -32,7 +32,7 @@ def refuse(model: nn.Module, structures: Sequence[Structure]) -> None:
             finite, or stands beside a module or parameter that could depend on the units; it is named.
     """
     layers = {id(c.module): c for c in candidates(model)}
-    places, owners = _places(model), _owners(model)
+    places, owners = _names(model, "_modules"), _names(model, "_parameters")
     for structure in structures:
         for layer in structure.layers:
             name = layers[id(layer)].name
@@ -54,23 +54,16 @@ def _what(structure: Structure) -> str:
     return f"{'heads' if structure.head_dim else 'neurons'} of {structure.name!r} cannot be removed"
 
 
-def _places(model: nn.Module) -> dict[int, list[str]]:
-    """Where each module stands: ``parent.key``. All below a module that is used twice stands in one place."""
+def _names(model: nn.Module, members: str) -> dict[int, list[str]]:
+    """Where each module (``_modules``) or parameter (``_parameters``) stands: ``parent.key``.
+
+    All below a module that is used twice stands in one place.
+    """
     found: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for key, child in module._modules.items():
-            if child is not None:
-                found.setdefault(id(child), []).append(join(name, key))
-    return found
-
-
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """The names of each parameter."""
-    found: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append(join(name, key))
+        for key, member in getattr(module, members).items():
+            if member is not None:
+                found.setdefault(id(member), []).append(join(name, key))
     return found
 
 

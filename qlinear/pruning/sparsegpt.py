@@ -100,8 +100,7 @@ def sweep(
     if rounding is not None and rounding.format.group_size is None:
         # One scale a row: of the weights that pruning alone will leave.
         rounding.begin(sweep(weight, hessian, pattern, sparsity, block_size=block_size, damping=damping))
-    units = -(-work.shape[0] // pattern.rows) * -(-columns // pattern.columns)
-    pruned, most = 0, removed(sparsity, units)
+    pruned, most = 0, removed(sparsity, pattern.units(len(work), columns))
     for start in range(0, columns, step):
         end = min(start + step, columns)
         block = _Block(work[:, start:end], upper[start:end, start:end], dead[start:end], pattern)

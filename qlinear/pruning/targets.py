@@ -91,7 +91,7 @@ def _warn_of_few_units(layers: Sequence[Target], pattern: Pattern) -> None:
     lines = []
     for target in layers:
         n, k = target.matrix.shape
-        units = -(-n // pattern.rows) * -(-k // pattern.columns)
+        units = pattern.units(n, k)
         count = removed(target.sparsity, units)
         if not 0 < round(target.sparsity * units) < units:
             asked = f"{target.sparsity:g} of them"
