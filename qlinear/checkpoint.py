@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlinear.compressed import from_disk, quantization_config, to_disk
-from qlinear.conversion import candidates, prepare
+from qlinear.conversion import prepare
 from qlinear.float_layers import float_shape, is_conv1d
 from qlinear.folders import beside, copy_companions, free, source_folder
 from qlinear.linear import QLinear
 from qlinear.reshaped import differences, reshape
+from qlinear.selection import candidates
 from qlinear.undo import Undo
 
 #: Of ``quantization_config``; a loader refuses a newer one.

@@ -44,6 +44,13 @@ def float_tensor(module: nn.Module, name: str = "weight") -> Tensor | None:
     return float_parameter(module, name).detach() * mask
 
 
+def float_matrix(module: nn.Module) -> Tensor:
+    """A linear layer's weight as ``[out_features, in_features]``, as :func:`float_tensor` has it, detached."""
+    weight = float_tensor(module)
+    assert weight is not None
+    return weight.detach().t() if is_conv1d(module) else weight.detach()
+
+
 def float_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of an ``nn.Linear`` or ``Conv1D``."""
     weight = float_parameter(module)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlinear.conversion import candidates
 from qlinear.linear import QLinear
 from qlinear.paths import describe_paths, paths
+from qlinear.selection import candidates
 from qlinear.tables import human_bytes, table
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlinear import ops, prepacked, sparse
-from qlinear.float_layers import float_tensor, is_conv1d
+from qlinear import ops, paths, prepacked, sparse
+from qlinear.float_layers import float_matrix, float_tensor, is_conv1d, is_linear
 from qlinear.format import FORMATS, Format, Scheme
 from qlinear.packing import PackedWeight, pack_codes, patterned
 from qlinear.quantize import quantize
@@ -94,22 +94,17 @@ class QLinear(nn.Module):
             ValueError: unknown scheme or method, or a weight that is not finite, has no data (``meta``) or not the
                 pattern of a sparse scheme.
         """
-        conv1d = is_conv1d(linear)
-        if not (conv1d or isinstance(linear, nn.Linear)):
+        if not is_linear(linear):
             raise TypeError(f"QLinear is made from nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
-        weight, bias = float_tensor(linear), float_tensor(linear, "bias")
-        assert weight is not None
-        weight = weight.detach()
+        weight, bias = float_matrix(linear), float_tensor(linear, "bias")
         if weight.is_meta:
             raise ValueError("the weight is on the meta device: it has no data to quantize; load the model first")
-        if conv1d:
-            weight = weight.t()
         n, k = weight.shape
         self = cls(k, n, scheme, bias=False, device="meta", dtype=weight.dtype, compute_dtype=compute_dtype)
         # Pruned before it is rounded: the selection is that of qlinear.prune.
         source = patterned(weight, self.format, prune).to(compute_dtype or weight.dtype)
         self._set(pack_codes(quantize(source, self.format), self.format))
-        self.from_conv1d = conv1d
+        self.from_conv1d = is_conv1d(linear)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         self.prepare()
         return self.train(linear.training)
@@ -184,13 +179,11 @@ class QLinear(nn.Module):
             dtype: float16 or bfloat16, used for inputs of that dtype; None is the dtype the layer computes in.
 
         Raises:
-            ValueError: another dtype, or a scheme that quantizes activations, which a 16-bit product would not.
+            ValueError: another dtype, a scheme that quantizes activations, which a 16-bit product would not, or one of
+                blocks, which skips those that are zero for any number of tokens.
         """
         dtype = dtype or self.compute_dtype or self.float_dtype
-        if self.format.quantized_activations:
-            raise ValueError(f"{self.scheme} quantizes activations, a product with a 16-bit copy would not; use w8a16")
-        if dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"a kept copy is float16 or bfloat16, got {dtype}: see compute_dtype")
+        paths.check_copy(self.format, dtype)
         if dtype != self.dense_dtype:
             self.dense_dtype, self.weight_dense = dtype, None
         return self.prepare()

@@ -4,8 +4,8 @@ Export and CUDA graphs see one opaque call per layer, and so does compile where 
 travels by name; the layout is told by the weight.
 
 - ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features, dense?, index?)``: ``x @ W.T +
-  bias`` for x ``[..., K]``; ``dense`` is the weight ``[N, K]`` in 16 bit, used for many tokens of its dtype; ``index``
-  says where the weights of a sparse scheme belong.
+  bias`` for x ``[..., K]``; ``dense`` is the weight ``[N, K]`` in 16 bit, used for many tokens of its dtype unless
+  the scheme is of blocks or rounds tokens; ``index`` says where the weights of a sparse scheme belong.
 - ``dequantize(weight, scale, zero_point?, scheme, in_features, out_features, dtype, index?)``: the float weight
   ``[N, K]``.
 
@@ -59,7 +59,7 @@ def _check(x: Tensor, packed: PackedWeight) -> None:
 
 def _usable(dense: Tensor | None, x: Tensor, fmt: Format) -> bool:
     """Whether x can be multiplied by the kept 16-bit copy; whether it should be is a matter of its tokens."""
-    return dense is not None and dense.dtype == x.dtype and not fmt.quantized_activations
+    return dense is not None and dense.dtype == x.dtype and not fmt.quantized_activations and not fmt.block
 
 
 def _linear_dense(x: Tensor, dense: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -17,6 +17,20 @@ FRAGMENT_TOKENS = 128
 UNSTRUCTURED_TOKENS = 64
 
 
+def check_copy(fmt: Format, dtype: torch.dtype) -> None:
+    """Raises a ValueError where nothing would be won by a 16-bit copy of a weight in ``dtype``."""
+    if fmt.quantized_activations:
+        raise ValueError(f"{fmt} quantizes activations, a product with a 16-bit copy would not; use w8a16")
+    if fmt.block:
+        instead = f", or take {fmt.dense}" if fmt.dense else ""
+        raise ValueError(
+            f"{fmt} skips blocks that are zero for any number of tokens, a product with a 16-bit copy would not; "
+            f"leave keep_dense out{instead}"
+        )
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"a kept copy is float16 or bfloat16, got {dtype}: see compute_dtype")
+
+
 def path(
     fmt: Format,
     dtype: torch.dtype,
@@ -42,8 +56,10 @@ def _few_tokens(
     """The most tokens that are multiplied by the packed weight itself; None: any number."""
     if device.type == "cpu":
         return cpu.few_tokens(fmt, dtype, layout) if kept else None
-    if layout != "triton" or fmt.sparsity not in (None, "2:4"):
-        return 0 if kept and layout != "triton" else None
+    if layout != "triton":
+        return (FRAGMENT_TOKENS if layout == "mma.sp" else 0) if kept else None
+    if fmt.sparsity not in (None, "2:4"):
+        return None
     from qlinear.kernels.tuned import fused_tokens_on
 
     return fused_tokens_on(device, n, k, fmt, dtype, kept)

@@ -192,6 +192,31 @@ def shapes_of(tensors: Sequence[object], fmt: Format, n: int, k: int) -> PlainSh
     return shapes if all(fits) else None
 
 
+def holds(weight: Tensor, fmt: Format) -> bool:
+    """Whether a weight ``[N, K]`` has a format's pattern, as ``convert`` asks: no non-zero lost, something left out."""
+    if fmt.sparsity is None:
+        return True
+    return Pattern.parse(fmt.sparsity).holds(weight) and stored_share(weight, fmt) < 1
+
+
+def stored_share(weight: Tensor, fmt: Format) -> float:
+    """The share of weights (of blocks, in a block format) that a format stores of ``weight`` ``[N, K]``."""
+    if fmt.sparsity in (None, "2:4"):
+        return 1.0 if fmt.sparsity is None else 0.5
+    units = blocks_of(weight != 0, fmt.block).flatten(2).any(2) if fmt.block else weight
+    return int(units.count_nonzero()) / units.numel()
+
+
+def pays(weight: Tensor, fmt: Format) -> bool:
+    """Whether a weight ``[N, K]`` has a format's pattern, and what is left out is no less than the bits that say where.
+
+    A few zeros that nobody pruned (numbers too small for float16, rows of tokens that do not occur) make every weight
+    an unstructured one; they do not pay for a bit of each.
+    """
+    price = 1 if fmt.sparsity == "unstructured" else 0
+    return holds(weight, fmt) and (1 - stored_share(weight, fmt)) * fmt.bits >= price
+
+
 def check_pattern(weight: Tensor, fmt: Format) -> None:
     """Raises a ValueError that says how much of a float weight ``[N, K]`` violates the pattern of the format."""
     kept = weight != 0

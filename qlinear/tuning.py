@@ -108,9 +108,10 @@ def tune(
 
     Raises:
         RuntimeError: no GPU that the kernels run on is here.
-        ValueError: a scheme does not exist, or there is nothing to tune.
+        ValueError: a scheme does not exist, there is nothing to tune, or no time limit of 0 or more.
     """
     device = torch.device(device)
+    check_time_limit(time_limit)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"activations are float16, bfloat16 or float32, got {dtype}")
     names = [str(Scheme.parse(scheme)) for scheme in schemes]
@@ -131,6 +132,12 @@ def tune(
         return measure(plan(shapes, dtype, wanted), table, target_of(device), gauge, time_limit, again, progress)
     finally:
         tuned.forget()
+
+
+def check_time_limit(seconds: float) -> None:
+    """Raises a ValueError unless this is a number from 0 on: infinity is one, NaN is none."""
+    if not (isinstance(seconds, (int, float)) and seconds >= 0):
+        raise ValueError(f"the time limit is a number of seconds from 0 on, got {seconds!r}")
 
 
 def check_device(device: torch.device) -> None:

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 import qlinear
 from qlinear import QLinear
-from qlinear.conversion import candidates
+from qlinear.selection import candidates
 
 
 def test_a_tied_lm_head_is_left_with_the_reason():

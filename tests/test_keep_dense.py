@@ -18,8 +18,9 @@ import qlinear
 from qlinear import QLinear, cpu, ops, paths, reference
 from qlinear.format import FORMATS
 
-WEIGHT_ONLY = [name for name, fmt in FORMATS.items() if not fmt.quantized_activations]
 ROUNDED = [name for name, fmt in FORMATS.items() if fmt.quantized_activations]
+BLOCKS = [name for name, fmt in FORMATS.items() if fmt.block]
+KEPT = [name for name in FORMATS if name not in ROUNDED + BLOCKS]
 MANY = 40
 
 
@@ -32,7 +33,7 @@ def tokens(m: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+@pytest.mark.parametrize("scheme", KEPT)
 def test_many_tokens_are_multiplied_by_the_copy(scheme: str, dtype: torch.dtype) -> None:
     q = kept_layer(scheme, dtype)
     x = tokens(MANY, dtype)
@@ -62,6 +63,25 @@ def test_a_scheme_that_quantizes_activations_refuses(scheme: str) -> None:
     with pytest.raises(ValueError, match="quantizes activations"):
         q.keep_dense()
     assert q.weight_dense is None and q.dense_dtype is None
+
+
+@pytest.mark.parametrize("scheme", BLOCKS)
+def test_blocks_refuse_because_many_tokens_skip_them_too(scheme: str) -> None:
+    q = QLinear.from_float(float_layer(), scheme, prune="magnitude")
+    dense = f", or take {FORMATS[scheme].dense}" if FORMATS[scheme].dense else ""
+    with pytest.raises(ValueError, match=rf"^{scheme} skips blocks .*; leave keep_dense out{dense}$"):
+        q.keep_dense()
+    assert q.weight_dense is None and q.dense_dtype is None
+    model = nn.Sequential(float_layer(n=K), float_layer())
+    with pytest.raises(ValueError, match=rf"layer '1' \({scheme}\): {scheme} skips blocks"):
+        qlinear.convert(model, {"0": "w4a16", "1": scheme}, keep_dense=True, prune="magnitude")
+    assert all(type(layer) is nn.Linear for layer in model)
+
+
+@pytest.mark.parametrize("scheme", BLOCKS)
+def test_the_operator_multiplies_by_no_copy_of_blocks(scheme: str) -> None:
+    q, x = QLinear.from_float(float_layer(), scheme, prune="magnitude"), tokens(MANY)
+    assert same_bits(ops.linear(x, q.packed, q.bias, torch.full((N, K), torch.nan).bfloat16()), q(x))
 
 
 def test_float32_refuses_but_for_a_compute_dtype() -> None:
@@ -155,7 +175,7 @@ def test_gradients_and_compile_go_through_it() -> None:
         assert torch.equal(compiled(x), q(x)) and torch.equal(compiled(x[:1]), q(x[:1]))
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w8a16"])
+@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w8a16", "w8a16-2:4"])
 def test_on_a_gpu_it_is_used_beyond_the_crossover(scheme: str, device: torch.device) -> None:
     """Through the interpreter where there is no GPU."""
     from qlinear.kernels.tuned import fused_tokens_on
@@ -171,3 +191,10 @@ def test_on_a_gpu_it_is_used_beyond_the_crossover(scheme: str, device: torch.dev
 
     assert product(most + 1).abs().max() == 0 and product(3).abs().max() > 0.5
     assert paths.path(fmt, torch.float16, most + 1, torch.device("cuda"), "plain", K, N, True)[0].endswith("kept copy")
+
+
+def test_fragments_are_multiplied_as_they_are_up_to_their_own_number_of_tokens() -> None:
+    """As ``ops`` does it: the copy is beside a layout that nobody gets unasked."""
+    fmt, cuda, few = FORMATS["w4a16-2:4"], torch.device("cuda"), paths.FRAGMENT_TOKENS
+    ways = paths.paths(fmt, torch.float16, cuda, "mma.sp", K, N, kept=True)
+    assert ways == {1: "Triton mma.sp (unverified)", few + 1: "F.linear on the kept copy"}

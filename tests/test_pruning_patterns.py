@@ -277,7 +277,7 @@ def test_a_failure_leaves_the_model_as_it_was(method: str, monkeypatch: pytest.M
         ({"sparsity": {"nothing*": 0.5}}, "matches no linear layer"),
         ({"sparsity": {}}, "empty"),
         ({"sparsity": {"*": None}}, "nothing to prune"),
-        ({"sparsity": {"lm_head*": 0.5}}, "by their exact name"),
+        ({"sparsity": {"lm_head*": 0.5}}, "by its exact name"),
         ({"method": "wanda"}, "needs calibration"),
         ({"method": "wanda", "calibration": []}, "no calibration batches"),
         ({"method": "wanda", "calibration": [1], "scope": "global"}, "does not rank layers together"),

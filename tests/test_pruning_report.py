@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_gpt2, tiny_llama
+from models import byte_tokenizer, tiny_gpt2, tiny_language_model, tiny_llama
 from test_cli import run
 from torch import nn
 
@@ -17,8 +17,8 @@ import qlinear
 from qlinear.format import FORMATS
 from qlinear.machines import MACHINES
 from qlinear.pruning import Pattern, report
-from qlinear.pruning.report import holds, stored_share
 from qlinear.pruning.targets import matrix
+from qlinear.sparse import holds, stored_share
 from qlinear.tables import digits
 
 Captured = pytest.CaptureFixture[str]
@@ -35,7 +35,7 @@ def test_predicted_bytes_are_those_of_the_converted_layers(make) -> None:
         assert row.shape == tuple(weight.shape)
         assert row.sparsity == pytest.approx(float((weight == 0).float().mean()))
         assert row.bytes_now == weight.numel() * 2
-        assert set(row.predicted) == {name for name, fmt in FORMATS.items() if holds(fmt, weight)}
+        assert set(row.predicted) == {name for name, fmt in FORMATS.items() if holds(weight, fmt)}
     for name in row.predicted:
         packed = qlinear.pack(matrix(layers[found.layers[0].name]), name, layout="plain")
         assert found.layers[0].predicted[name] == packed.nbytes, name
@@ -45,11 +45,11 @@ def test_predicted_bytes_are_those_of_the_converted_layers(make) -> None:
 def test_a_sparse_format_is_predicted_where_the_weight_has_its_pattern(fmt) -> None:
     pattern = Pattern.parse(fmt.sparsity)
     layer = nn.Linear(256, 256, bias=False, dtype=torch.bfloat16)
-    assert not holds(fmt, layer.weight)
+    assert not holds(layer.weight, fmt)
     with pytest.raises(ValueError, match="pattern"):
         qlinear.pack(layer.weight, fmt.name)
     qlinear.prune(layer, "magnitude", 0.5, pattern)
-    assert holds(fmt, layer.weight) and stored_share(fmt, layer.weight) == 0.5
+    assert holds(layer.weight, fmt) and stored_share(layer.weight, fmt) == 0.5
     assert report(layer).layers[0].predicted[fmt.name] == qlinear.pack(layer.weight, fmt.name, layout="plain").nbytes
 
 
@@ -110,26 +110,42 @@ def with_head() -> nn.Module:
 )
 def test_a_head_that_was_not_pruned_is_counted_dense_and_named(scheme: str, head: str, with_head: nn.Module) -> None:
     found = report(with_head)
-    assert found.cannot_hold()[scheme] == found.to_dict()["cannot_hold"][scheme] == ["lm_head"]
+    assert found.cannot_hold() == found.to_dict()["cannot_hold"] == {}
     *others, last = found.layers
-    assert last.taken_in(scheme) == head
+    assert last.head and last.taken_in(scheme) == head and not any(layer.head for layer in others)
     rest = last.predicted[head] if head != "float" else last.bytes_now
     assert found.totals()[scheme] == sum(layer.predicted[scheme] for layer in others) + rest
     text = str(found)
     assert re.search(rf"^{scheme} .* {len(others)} of {len(found.layers)}$", text, re.MULTILINE)
     assert re.search(r"^w4a16 .* all$", text, re.MULTILINE)
-    assert "w16a16-unstructured: lm_head. Counted in the dense scheme of the same codes" in text
-    assert "w4a16" not in found.cannot_hold()
+    assert "the output head, lm_head, is not pruned for w4a16-2:4, " in text and "to convert so" not in text
+    assert _bytes(qlinear.convert(with_head, scheme)) == found.totals()[scheme]
 
 
-def test_what_the_report_tells_to_convert_with_is_taken(with_head: nn.Module) -> None:
-    found = report(with_head)
-    rules = str(found).partition("to convert so: ")[2].splitlines()[0]
-    with pytest.raises(ValueError, match=r"'lm_head'.*None"):
-        qlinear.convert(with_head, "w4a16-2:4")
-    qlinear.unprepare(qlinear.convert(with_head, ast.literal_eval(rules)))
-    layers = [module for module in with_head.modules() if isinstance(module, qlinear.QLinear)]
-    assert sum(layer.nbytes for layer in layers) == found.totals()["w4a16-2:4"]
+def _bytes(model: nn.Module) -> int:
+    """Of all linear layers, as they are stored."""
+    layers = [m for m in qlinear.unprepare(model).modules() if isinstance(m, (nn.Linear, qlinear.QLinear))]
+    return sum(m.nbytes if isinstance(m, qlinear.QLinear) else m.weight.nbytes for m in layers)
+
+
+def test_what_the_report_tells_to_convert_other_layers_with_is_taken() -> None:
+    model = tiny_llama().bfloat16()
+    found = report(qlinear.prune(model, "magnitude", {"*.0.mlp.down_proj": None, "*": 0.5}, "2:4"))
+    assert found.cannot_hold()["w4a16-2:4"] == ["model.layers.0.mlp.down_proj"]
+    text = str(found)
+    assert "the output head, lm_head, is not pruned for w4a16-2:4, " in text
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.down_proj'.*None"):
+        qlinear.convert(model, "w4a16-2:4")
+    qlinear.convert(model, ast.literal_eval(text.partition("to convert so: ")[2].splitlines()[0]))
+    assert model.model.layers[0].mlp.down_proj.scheme == model.lm_head.scheme == "w4a16"
+    assert _bytes(model) == found.totals()["w4a16-2:4"]
+
+
+def test_a_head_that_was_pruned_is_counted_as_it_is() -> None:
+    model = qlinear.prune(tiny_llama().bfloat16(), "magnitude", {"lm_head": 0.5, "*": 0.5}, "2:4")
+    found = report(model)
+    assert found.layers[-1].taken_in("w4a16-2:4") == "w4a16-2:4" and "output head" not in str(found)
+    assert _bytes(qlinear.convert(model, "w4a16-2:4")) == found.totals()["w4a16-2:4"]
 
 
 def test_a_dense_format_is_compared_over_the_layers_that_hold_the_sparse_one(with_head: nn.Module) -> None:
@@ -221,6 +237,15 @@ def test_prune_writes_a_folder_that_loads_and_converts(
     if "--scheme" in options:
         found = qlinear.load(tmp_path / "q").model.layers[1].mlp.down_proj.dequantize()
         assert torch.equal(found, weight)
+
+
+def test_a_folder_with_a_head_of_its_own_is_pruned_and_converted_in_one_command_each(tmp_path: Path) -> None:
+    tiny_language_model(tie_word_embeddings=False).bfloat16().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    assert run("prune", tmp_path / "model", tmp_path / "pruned", "--method", "magnitude", "--pattern", "2:4") == 0
+    assert run("convert", tmp_path / "pruned", tmp_path / "out", "--scheme", "w4a16-2:4") == 0
+    model = qlinear.load(tmp_path / "out")
+    assert model.lm_head.scheme == "w4a16" and model.model.layers[0].mlp.up_proj.scheme == "w4a16-2:4"
 
 
 @pytest.mark.parametrize(

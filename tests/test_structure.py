@@ -24,7 +24,7 @@ FLOORS = [
     ["paths", "token_ops"],
     ["ops"],
     ["linear"],
-    ["undo", "reshaped"],
+    ["undo", "reshaped", "selection"],
     ["conversion", "compressed"],
     ["inspection", "validation", "checkpoint", "tuning"],
     ["pruning"],

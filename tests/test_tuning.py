@@ -221,6 +221,12 @@ def test_bad_requests_are_named() -> None:
         qlinear.tune([(64, 64)], dtype=torch.int8)
     with pytest.raises(RuntimeError, match="cpu is none that is here"):
         qlinear.tune([(64, 64)], device="cpu")
+    for limit in (math.nan, -1.0, "300", None):
+        with pytest.raises(ValueError, match=rf"number of seconds from 0 on, got {limit!r}"):
+            qlinear.tune([(64, 64)], device="cpu", time_limit=limit)
+    for limit in (0, math.inf):
+        with pytest.raises(RuntimeError, match="cpu is none that is here"):
+            qlinear.tune([(64, 64)], device="cpu", time_limit=limit)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -242,6 +248,8 @@ def test_bad_requests_are_named() -> None:
         (["--clear", "--json", "x.json"], "--clear measures nothing: it does not go with --json"),
         (["--install", __file__, "--again"], "--install measures nothing: it does not go with --again"),
         (["--layer", "4096x4096", "--scheme", "w3a16"], "w3a16"),
+        (["nowhere/at/all", "--time-limit", "nan"], "the time limit is a number of seconds from 0 on, got nan"),
+        (["--layer", "4096x4096", "--time-limit", "-1"], "a number of seconds from 0 on, got -1.0"),
         (["--install", __file__], "no tuned table"),
     ],
     ids=lambda value: " ".join(value).replace(__file__, "FILE") or "nothing" if isinstance(value, list) else "",

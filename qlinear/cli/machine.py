@@ -12,7 +12,13 @@ from click.core import ParameterSource
 
 import qlinear
 from qlinear.cli.options import DTYPES, FILE, JSON, device_option, load, maybe_json
-from qlinear.tuning import check_device
+from qlinear.tuning import check_device, check_time_limit
+
+
+def _seconds(_: click.Context, __: click.Parameter, value: float) -> float:
+    """``--time-limit``, checked before anything is loaded: click's own range lets NaN through."""
+    check_time_limit(value)
+    return value
 
 
 @click.command()
@@ -46,7 +52,7 @@ def demo(model: str | None, no_download: bool, seed: int, sparse: bool, picture:
 @click.option("--scheme", "schemes", multiple=True, help="For --layer and a float MODEL (default: w4a16); repeatable.")
 @click.option("--tokens", default="1,16,64,128,256", show_default=True, help="Separated by commas; 256: many.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of activations.")
-@click.option("--time-limit", default=300.0, show_default=True, type=click.FloatRange(0), help="In seconds.")
+@click.option("--time-limit", default=300.0, show_default=True, callback=_seconds, help="In seconds.")
 @device_option("cuda", "The GPU to measure.")
 @click.option("--again", is_flag=True, help="Also measure what is known already.")
 @click.option("--clear", is_flag=True, help="Remove every table that is kept, and measure nothing.")

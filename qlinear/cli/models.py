@@ -74,9 +74,9 @@ def convert(
 def prune(source: str, target: Path, json_path: Path | None, **options: Any) -> None:
     """Prunes the language model SRC and writes it, in float, to the Hugging Face folder DST.
 
-    Then `qlinear convert DST OUT --scheme lm_head=none --scheme ...` quantizes it: unless a share is given for it, the
-    head is not pruned, and a sparse scheme does not fit it. The table printed predicts what each scheme would make of
-    it.
+    Then `qlinear convert DST OUT --scheme w4a16-2:4` quantizes it. Unless a share is given for it by its exact name the
+    output head is not pruned, and convert stores it in the dense scheme of the same codes. The table printed predicts
+    what each scheme would make of the model.
     """
     from qlinear.demo.prune import prune_folder
 

@@ -13,7 +13,8 @@ from qlinear.tables import write_json
 FILE = click.Path(dir_okay=False, path_type=Path)
 JSON = click.option("--json", "json_path", type=FILE, help="Also write the result here.")
 SCHEME_HELP = (
-    "A scheme for every linear layer, or PATTERN=SCHEME (repeatable, first match wins; SCHEME 'none' leaves a layer)."
+    "A scheme for every linear layer, or PATTERN=SCHEME (repeatable, first match wins; SCHEME 'none' leaves a layer). "
+    "Of a sparse scheme an output head that was not pruned takes the dense one, unless PATTERN is its exact name."
 )
 DTYPES = ("bfloat16", "float16", "float32")
 _Command = TypeVar("_Command", bound=Callable[..., Any])

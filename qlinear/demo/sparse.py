@@ -17,6 +17,7 @@ from qlinear.demo.subjects import Subject, encoder, language_model
 from qlinear.doctor import versions
 from qlinear.format import FORMATS
 from qlinear.pruning import METHODS
+from qlinear.selection import candidates
 from qlinear.tables import human_bytes, table, write_json
 
 #: The share of neurons that goes from the models that are timed.
@@ -130,9 +131,12 @@ def _results(subject: Subject, plans: Sequence[Plan]) -> Iterator[Result]:
 
 
 def _keep_dense(model: nn.Module) -> None:
-    """Lets a CPU multiply texts by 16-bit copies: the same numbers, which are not expanded again for every text."""
+    """Lets a CPU multiply texts by 16-bit copies: the same numbers, which are not expanded again for every text.
+
+    Blocks are not expanded: those that are stored are multiplied.
+    """
     for module in model.modules():
-        if isinstance(module, qlinear.QLinear) and module.float_dtype.itemsize == 2:
+        if isinstance(module, qlinear.QLinear) and module.float_dtype.itemsize == 2 and not module.format.block:
             module.keep_dense()
 
 
@@ -161,9 +165,8 @@ def _pruned(subject: Subject, plan: Plan, method: str, scheme: str | None = None
 
 
 def _convert(subject: Subject, model: Any, scheme: str) -> Any:
-    """Converts what was pruned; an output head was not."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    heads = [name for name, module in model.named_modules() if module is head and head is not None]
+    """Converts what was pruned; an output head was not, and stays in float in every scheme."""
+    heads = [layer.name for layer in candidates(model) if layer.head]
     return qlinear.convert(model, {**dict.fromkeys([*subject.unused, *heads]), "*": scheme}, progress=False)
 
 

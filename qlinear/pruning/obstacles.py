@@ -12,11 +12,11 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from qlinear.conversion import Candidate, candidates
 from qlinear.float_layers import float_shape, is_conv1d
 from qlinear.linear import QLinear
 from qlinear.pruning.structure import Structure, join, keeps_units_apart
 from qlinear.pruning.targets import check, masked_tensors
+from qlinear.selection import Candidate, candidates
 
 #: Buffers of attention modules that have no size in common with the heads: causal masks, sines and cosines.
 _MASKS = ("bias", "masked_bias", "embed_positions")

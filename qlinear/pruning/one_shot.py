@@ -81,7 +81,8 @@ def prune(
             ``"gradient"``, first-order Taylor ``|w * dL/dw|`` summed over the calibration batches (arXiv:1611.06440).
         sparsity: the share of weights (or of neurons, or heads) to remove, or an ordered mapping of patterns over layer
             names to shares, as in ``convert`` (``{"re:.*mlp.*": 0.5, "*": None}``); None where ``n:m`` fixes it.
-            An ``lm_head``, and layers tied to another, are left alone unless named exactly.
+            The output head (``get_output_embeddings()``), and layers tied to another, are left alone unless a pattern
+            is their exact name; ``convert`` then takes the head in a dense scheme.
         pattern: see :class:`~qlinear.pruning.Pattern`: ``"unstructured"``, ``"2:4"``, ``"block64"``, ``"block128x64"``,
             ``"neurons"``, ``"heads"``... Blocks, neurons and heads are ranked by the sum of their weights' scores.
             Neurons and heads change shapes: the layer that consumes them (``down_proj``, ``o_proj``) decides the share;

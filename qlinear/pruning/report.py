@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlinear.conversion import candidates
-from qlinear.float_layers import float_tensor, is_conv1d
+from qlinear.float_layers import float_matrix
 from qlinear.format import FORMATS, Format
 from qlinear.machines import MACHINES, STREAMED
-from qlinear.masks import block_sums
-from qlinear.patterns import Pattern
+from qlinear.selection import Candidate, candidates
+from qlinear.sparse import holds, pays, stored_share
 from qlinear.tables import digits, human_bytes, table
 
 #: Instructions for each weight, stored or not, of the kernels that may take longer to expand their bytes than to read
@@ -44,33 +43,6 @@ FLOAT = "float"
 _NAMED = 4
 
 
-def holds(fmt: Format, weight: Tensor) -> bool:
-    """Whether a weight ``[N, K]`` has a format's pattern, as ``convert`` asks: no non-zero lost, something left out."""
-    pattern = _pattern(fmt)
-    return pattern is None or (pattern.holds(weight) and stored_share(fmt, weight) < 1)
-
-
-def stored_share(fmt: Format, weight: Tensor) -> float:
-    """The share of weights (of blocks, in a block format) that a format stores of ``weight`` ``[N, K]``."""
-    pattern = _pattern(fmt)
-    if pattern is None:
-        return 1.0
-    if pattern.kind == "n:m":
-        return pattern.n / pattern.m
-    units = block_sums((weight != 0).float(), pattern) if pattern.kind == "block" else weight
-    return float((units != 0).float().mean())
-
-
-def _pattern(fmt: Format) -> Pattern | None:
-    return None if fmt.sparsity is None else Pattern.parse(fmt.sparsity)
-
-
-def _bytes(fmt: Format, weight: Tensor) -> int:
-    n, k = weight.shape
-    scale_bytes = fmt.scale_dtype(weight.dtype).itemsize
-    return fmt.weight_bytes(n, k, scale_bytes, density=stored_share(fmt, weight))
-
-
 @dataclass(frozen=True)
 class LayerSparsity:
     """One linear layer: its share of zeros, its bytes now, and predicted bytes in each format that could hold it."""
@@ -79,8 +51,11 @@ class LayerSparsity:
     shape: tuple[int, int]
     sparsity: float
     bytes_now: int
-    #: Predicted bytes by the name of the scheme, over every format whose pattern the weight has.
+    #: Predicted bytes by the name of the scheme, over every format whose pattern the weight has; an output head has it
+    #: where ``convert`` takes it so without being told.
     predicted: dict[str, int]
+    #: Whether it is the model's output head.
+    head: bool = False
 
     @property
     def weights(self) -> int:
@@ -130,15 +105,19 @@ class SparsityReport:
         return sum(layer.weights for layer in self.layers)
 
     def cannot_hold(self) -> dict[str, list[str]]:
-        """The layers without the pattern, for each sparse scheme that some layers can hold and some cannot."""
-        found = {name: [layer.name for layer in self.layers if name not in layer.predicted] for name in self.totals()}
+        """The layers without the pattern, for each sparse scheme that some layers can hold and some cannot.
+
+        ``convert`` raises there. An output head is none of them: it is given a dense scheme.
+        """
+        others = [layer for layer in self.layers if not layer.head]
+        found = {name: [layer.name for layer in others if name not in layer.predicted] for name in self.totals()}
         return {name: layers for name, layers in found.items() if layers}
 
     def totals(self) -> dict[str, int]:
         """Predicted bytes of all layers together, for each format that one of them at least could hold.
 
-        A layer that cannot hold a sparse format (an output head that was not pruned) is taken in the dense one of the
-        same codes, or as it is where that is float: :meth:`cannot_hold` names it.
+        A layer that cannot hold a sparse format is taken in the dense one of the same codes, or as it is where that is
+        float. ``convert`` takes an output head so; other layers have to be given that scheme: see :meth:`cannot_hold`.
         """
         names = [name for name in FORMATS if any(name in layer.predicted for layer in self.layers)]
         return {name: sum(layer.bytes_in(name) for layer in self.layers) for name in names}
@@ -226,17 +205,24 @@ class SparsityReport:
         return table(header, rows, right=(2, 3, 4, *range(6, len(header), 2)))
 
     def _total_table(self) -> str:
-        now, times, absent = sum(layer.bytes_now for layer in self.layers), self.times(), self.cannot_hold()
+        now, times = sum(layer.bytes_now for layer in self.layers), self.times()
         rows = [("float, as it is", human_bytes(now), digits(self.microseconds(now)), "1.00", "")]
         for name, size in sorted(self.totals().items(), key=lambda item: item[1]):
-            held = len(self.layers) - len(absent.get(name, ()))
-            share = f"{held} of {len(self.layers)}" if name in absent else "all"
+            held = sum(name in layer.predicted for layer in self.layers)
+            share = "all" if held == len(self.layers) else f"{held} of {len(self.layers)}"
             rows.append((name, human_bytes(size), digits(times[name]), f"{now / size:.2f}", share))
         header = ("scheme", "bytes", f"us on {self.machine}", "times smaller", "layers in it")
         return table(header, rows, right=(1, 2, 3, 4))
 
     def _remarks(self) -> Iterator[str]:
         """Which layers have no pattern, and where a dense format is better."""
+        for head in (layer for layer in self.layers if layer.head):
+            unpruned = [name for name in self.totals() if name not in head.predicted]
+            if unpruned:
+                yield (
+                    f"the output head, {head.name}, is not pruned for {', '.join(unpruned)}: counted, and converted, "
+                    "in the dense scheme of the same codes; where those are 16-bit floats, as it is"
+                )
         alike: dict[tuple[str, ...], list[str]] = {}
         for scheme, absent in self.cannot_hold().items():
             alike.setdefault(tuple(absent), []).append(scheme)
@@ -272,17 +258,21 @@ def report(model: nn.Module, machine: str = "H200", formats: Mapping[str, Format
     """
     if machine not in MACHINES:
         raise ValueError(f"machine {machine!r} is not known; the machines are: {', '.join(MACHINES)}")
-    layers = [_layer(c.name, c.module, formats) for c in candidates(model) if c.tied_to is None]
+    layers = [_layer(c, formats) for c in candidates(model) if c.tied_to is None]
     if not layers:
         raise ValueError("the model has no linear layer in float")
     return SparsityReport(layers, machine)
 
 
-def _layer(name: str, module: nn.Module, formats: Mapping[str, Format]) -> LayerSparsity:
-    weight = float_tensor(module)
-    assert weight is not None
-    weight = weight.detach().t() if is_conv1d(module) else weight.detach()
-    predicted = {key: _bytes(fmt, weight) for key, fmt in formats.items() if holds(fmt, weight)}
+def _layer(layer: Candidate, formats: Mapping[str, Format]) -> LayerSparsity:
+    weight, taken = float_matrix(layer.module), pays if layer.head else holds
+    predicted = {name: _bytes(fmt, weight) for name, fmt in formats.items() if taken(weight, fmt)}
     n, k = weight.shape
     zeros = float((weight == 0).double().mean())
-    return LayerSparsity(name, (n, k), zeros, weight.numel() * weight.element_size(), predicted)
+    return LayerSparsity(layer.name, (n, k), zeros, weight.numel() * weight.element_size(), predicted, layer.head)
+
+
+def _bytes(fmt: Format, weight: Tensor) -> int:
+    n, k = weight.shape
+    scale_bytes = fmt.scale_dtype(weight.dtype).itemsize
+    return fmt.weight_bytes(n, k, scale_bytes, density=stored_share(weight, fmt))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.prune import remove as make_permanent
 
-from qlinear.conversion import candidates, choose
 from qlinear.float_layers import float_parameter, is_conv1d
 from qlinear.masks import removed
 from qlinear.patterns import Pattern
+from qlinear.selection import candidates, choose
 from qlinear.undo import Undo
 
 #: The share of zeros for every linear layer, or an ordered mapping of name patterns to shares (None leaves a layer).
@@ -61,12 +61,10 @@ def targets(model: nn.Module, sparsity: Share, pattern: Pattern, scope: str = "l
         ]
     else:
         rules = [(None, pattern.sparsity(sparsity))]
-    chosen = [(c, share) for c, share in choose(model, rules, "prune") if share is not None]
-    head, exact = _output_embeddings(model), {name for name, _ in rules}
-    # The papers' models keep theirs dense: it is asked for by its exact name, or left alone.
-    found = [Target(c.name, c.module, s) for c, s in chosen if c.module is not head or not exact.isdisjoint(c.names)]
+    chosen = [c for c in choose(model, rules, "prune") if not c.head_in_passing]
+    found = [Target(c.layer.name, c.layer.module, c.asked) for c in chosen if c.asked is not None]
     if not found:
-        raise ValueError("nothing to prune but the output embeddings, which have to be asked for by their exact name")
+        raise ValueError("nothing to prune but the output head, which has to be asked for by its exact name")
     for target in found:
         check(target.name, target.module)
     if not pattern.structured and scope == "global":
@@ -103,12 +101,6 @@ def _warn_of_few_units(layers: Sequence[Target], pattern: Pattern) -> None:
             "layers out with a mapping of names to shares, None for them, or take another pattern",
             stacklevel=4,
         )
-
-
-def _output_embeddings(model: nn.Module) -> object:
-    """The ``lm_head`` of a Hugging Face model, or None."""
-    get = getattr(model, "get_output_embeddings", None)
-    return None if get is None else get()
 
 
 def check(name: str, layer: nn.Module) -> None:
