@@ -15,7 +15,8 @@ from bench.cubins import DTYPES, Job, read_all
 from bench.predict import Prediction, dequantizes, predict, traffic
 from bench.problems import TOKENS, Problem, problems
 from bench.sass import Instruction
-from qlinear.kernels.crossover import dequantize_seconds, vendor_seconds
+from qlinear.kernels.crossover import dequantize_seconds
+from qlinear.kernels.estimate import vendor_seconds
 from qlinear.machines import MACHINES, Machine
 from qlinear.tables import table
 

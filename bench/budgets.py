@@ -152,22 +152,23 @@ BYTES_IN_FLIGHT = 40_000
 REREAD = 0.25
 #: Partial sums of split-K, one way.
 PARTIALS = 0.15
-#: K of 4096 x 4096 is split in 8 for 16 tokens, so that there is work for every multiprocessor.
+#: K of 4096 x 4096 is split in 7 for 16 tokens, so that there is work for the multiprocessors. In 4 the budget would
+#: hold, and half of them be idle, or tiles have 128 rows and read x again for twice as many bytes.
 _PARTIALS_NOW = {
-    "w4a16": 0.24,
-    "w4a16-g64": 0.24,
-    "w4a16-g32": 0.22,
-    "w4a16-channel": 0.25,
-    "w4a16-asym": 0.24,
-    "w4a16-g64-asym": 0.22,
-    "w4a16-g32-asym": 0.20,
-    "w4a16-channel-asym": 0.25,
-    "w4a8": 0.24,
-    "w4a8-channel": 0.25,
+    "w4a16": 0.21,
+    "w4a16-g64": 0.21,
+    "w4a16-g32": 0.19,
+    "w4a16-channel": 0.22,
+    "w4a16-asym": 0.21,
+    "w4a16-g64-asym": 0.19,
+    "w4a16-g32-asym": 0.17,
+    "w4a16-channel-asym": 0.22,
+    "w4a8": 0.21,
+    "w4a8-channel": 0.22,
     # Fewer bytes of weight, and as many of everything else.
-    "w4a16-2:4": 0.32,
-    "w4a16-asym-2:4": 0.31,
-    "w8a16-2:4": 0.20,
+    "w4a16-2:4": 0.28,
+    "w4a16-asym-2:4": 0.27,
+    "w8a16-2:4": 0.17,
 }
 #: Over budget today. The test wants this list to be exact: what is mended leaves it, and nothing joins it unseen.
 KNOWN: tuple[str, ...] = (

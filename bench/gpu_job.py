@@ -22,14 +22,14 @@ class Sizes:
 
     schemes: Sequence[str] = tuple(DENSE)
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16, torch.float32)
-    #: Numerics: tokens of every bucket, and a weight whose sides divide by nothing.
-    tokens: Sequence[int] = (1, 5, 16, 33, 64, 129, 300)
+    #: Numerics: tokens of every tile, and a weight whose sides divide by nothing.
+    tokens: Sequence[int] = (1, 5, 16, 33, 64, 129, 300, 1100)
     float32_tokens: Sequence[int] = (1, 33, 300)
     odd: tuple[int, int] = (331, 1352)
     even: tuple[int, int] = (1024, 2048)
     #: Determinism.
     repeats: int = 20
-    many_tokens: Sequence[int] = (129, 200)
+    many_tokens: Sequence[int] = (4097, 4200)
     #: Speed.
     bench_schemes: Sequence[str] = ("w4a16", "w8a16", "w8a8", "w4a16-g32-asym", "w4a8", "fp8")
     bench_tokens: Sequence[int] = (1, 4, 16, 64, 256, 1024, 4096)

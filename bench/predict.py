@@ -1,9 +1,10 @@
 """From counts to time: how many programs a multiprocessor holds, what a problem moves, how long it takes at least.
 
-A prediction is a bound, the largest of what the memory, the L2 cache, the issue slots and the tensor cores need, and
-then the sum of the parts of K; it knows no launch and no first wave of latency. Tensor cores are charged what large
-products reach, and 0.87 of that where the weight is decoded on the way: see :mod:`qlinear.kernels.estimate`. Where the
-operator leaves the kernel for the vendor's matmul is decided by :mod:`qlinear.kernels.crossover`.
+A prediction is a bound, the largest of what the memory, the L2 cache, the issue slots and the tensor cores need, then
+the start of programs that follow others, and the sum of the parts of K; it knows no launch and no first wave. Tensor
+cores are charged what large products reach, and 0.87 of that where the weight is decoded on the way: see
+:mod:`qlinear.kernels.estimate`. Where the operator leaves the kernel for the vendor's matmul is decided by
+:mod:`qlinear.kernels.crossover`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bench.sass import Loop
 from qlinear.format import BLOCK_K, TILE_N, Format
 from qlinear.kernels.configs import Config
 from qlinear.kernels.crossover import fused_tokens
-from qlinear.kernels.estimate import adding_seconds, macs_per_s
+from qlinear.kernels.estimate import LATENCY, adding_seconds, macs_per_s
 from qlinear.kernels.tile_table import token_bytes
 from qlinear.machines import Machine
 
@@ -171,7 +172,8 @@ def predict(
         density: the share of blocks that a block-sparse weight stores, the same in every row of blocks.
     """
     moved = traffic(problem, fmt, config, machine.capability, density)
-    programs = -(-problem.m // config.block_m) * -(-problem.n // config.block_n) * config.split_k
+    tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+    programs = tiles * config.split_k
     per_sm = -(-programs // machine.sms)
     resident = min(blocks, per_sm)
     blocks_of_k = ceil(problem.k / fmt.block * density) if fmt.block else -(-problem.k // BLOCK_K)
@@ -183,7 +185,9 @@ def predict(
     times["l2"] = moved.l2 / machine.l2_bytes_per_s
     # The sum of issue and products is a wait only if it is more than either.
     bound = max(times, key=lambda name: (times[name], name != "wait"))
-    seconds = times[bound] + adding_seconds(config.block_m * config.block_n, config.split_k, machine)
+    sums = min(problem.m, config.block_m) * config.block_n
+    seconds = times[bound] + adding_seconds(sums, config.split_k, tiles, machine)
+    seconds += (ceil(per_sm / max(1, resident)) - 1) * LATENCY
     if fmt.quantized_activations:
         seconds += 3 * problem.m * problem.k / machine.stream_bytes_per_s
     floor = moved.weight / machine.stream_bytes_per_s

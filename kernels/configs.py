@@ -15,17 +15,19 @@ import torch
 from qlinear.format import BLOCK_K, Format
 from qlinear.kernels.estimate import kernel_seconds, machine_for
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability
-from qlinear.kernels.tile_table import M_BUCKETS, MANY, Tile, multiplies_bytes, tiles_of, token_bytes
+from qlinear.kernels.tile_table import M_BUCKETS, MANY, multiplies_bytes, tiles_of, token_bytes
+from qlinear.machines import Machine
 
 #: Shared memory a program can have in KiB, by capability; others have 99 (sm_86, sm_89, sm_120) or, on AMD, 64.
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 
-#: K is split so that the device is full, but a program keeps this many blocks of 128 ...
-_MIN_BLOCKS = 4
-#: ... and partial sums, which stay in the L2 cache, this share of the bytes of the weight.
-_MAX_PARTIALS = 0.5
-#: Up to here the way of the weight from memory is all that counts.
+#: Up to so many tokens tiles are as wide as they can be.
 _FEW = 16
+#: K is split so that there are programs for so many of the multiprocessors, if that can be ...
+_FILLED = 0.75
+#: ... and each has no more than this many one after the other; a program keeps so many blocks of 128.
+_MOST_PROGRAMS = 8
+_MIN_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -117,44 +119,41 @@ def choose_config(
 def _choose(
     bucket: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
 ) -> Config:
-    pick = _few_tokens if bucket <= _FEW else _many_tokens
-    tile, split = pick(bucket, n, k, fmt, dtype, capability, num_sms)
-    return Config(*tile, _num_stages(*tile, fmt, dtype, capability), split)
-
-
-def _few_tokens(
-    bucket: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
-) -> tuple[Tile, int]:
-    """The widest tile that fills the device, and the parts of K: what the weight's way from memory takes counts."""
-    for tile in tiles_of(bucket, fmt, dtype, capability):
-        _, block_n, num_warps = tile
-        tiles = -(-n // block_n)
-        # Programs of 4 warps run two to a multiprocessor.
-        wanted = num_sms * 8 // num_warps // tiles
-        split = _split_k(wanted, tiles, bucket, k, fmt)
-        if tiles * split >= 0.75 * num_sms:
-            break
-    return tile, split
-
-
-def _many_tokens(
-    bucket: int, n: int, k: int, fmt: Format, dtype: torch.dtype, capability: Capability, num_sms: int
-) -> tuple[Tile, int]:
-    """The tile and the parts of K that take the least time by count, for the upper half of the bucket's tokens."""
+    """The configuration that takes the least time by count, over all the bucket's tokens."""
     machine, blocks = machine_for(capability, num_sms), -(-k // BLOCK_K)
-
-    def parts(tile: Tile) -> Iterator[int]:
-        """Of K: no more than there are processors for; an open number of tokens is not split."""
-        tiles = -(-bucket // tile[0]) * -(-n // tile[1])
-        most = 1 if bucket == MANY or tiles > MAX_SPLIT_TILES else min(2 * num_sms // tiles, blocks // _MIN_BLOCKS)
-        yield from (split for split in range(1, max(1, most) + 1) if _no_empty_part(blocks, split) == split)
-
-    choices = [(tile, split) for tile in tiles_of(bucket, fmt, dtype, capability) for split in parts(tile)]
     # At one number of tokens alone, tiles that happen to fill the processors there would win.
-    tokens = [bucket * eighths // 8 for eighths in (5, 6, 7, 8)]
-    times = [sum(kernel_seconds(m, n, k, fmt, dtype, machine, *choice) for m in tokens) for choice in choices]
+    below = max(end for end in (0, *M_BUCKETS) if end < bucket)
+    tokens = [below + (bucket - below) * quarters // 4 for quarters in (1, 2, 3, 4)]
+    every: dict[Config, float] = {}
+    filling: dict[Config, float] = {}
+    for tile in tiles_of(bucket, fmt, dtype, capability):
+        tiles, stages = -(-bucket // tile[0]) * -(-n // tile[1]), _num_stages(*tile, fmt, dtype, capability)
+        for split in _parts(bucket, n, tiles, blocks, num_sms, machine.l2_bytes):
+            config = Config(*tile, stages, split)
+            every[config] = sum(config_seconds(m, n, k, fmt, dtype, machine, config) for m in tokens)
+            if tiles * split >= _FILLED * num_sms:
+                filling[config] = every[config]
+        # Few tokens: every row of tiles reads them again, through an L2 cache whose speed is not well known.
+        if bucket <= _FEW and filling:
+            break
+    found = filling or every
     # The first, which is the widest in the fewest parts, of those that are as good as equal.
-    return next(choice for choice, time in zip(choices, times, strict=True) if time <= 1.03 * min(times))
+    return next(config for config, seconds in found.items() if seconds <= 1.03 * min(found.values()))
+
+
+def _parts(bucket: int, n: int, tiles: int, blocks: int, num_sms: int, l2_bytes: int) -> Iterator[int]:
+    """Parts that K can be cut into: their sums leave half of the L2 cache to all else; an open M is not split."""
+    most = min(_MOST_PROGRAMS * num_sms // tiles, blocks // _MIN_BLOCKS, l2_bytes // (8 * bucket * n))
+    if bucket == MANY or tiles > MAX_SPLIT_TILES:
+        most = 1
+    yield from (split for split in range(1, max(1, most) + 1) if _no_empty_part(blocks, split) == split)
+
+
+def config_seconds(m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, machine: Machine, config: Config) -> float:
+    """:func:`~qlinear.kernels.estimate.kernel_seconds` of a configuration."""
+    tile = config.block_m, config.block_n, config.num_warps
+    block = sum(_tile_bytes(config.block_m, config.block_n, fmt, dtype, machine.capability))
+    return kernel_seconds(m, n, k, fmt, dtype, machine, tile, config.split_k, (config.num_stages - 1) * block)
 
 
 def dense_rows(m: int, n: int, k: int, itemsize: int, num_sms: int, l2_bytes: int) -> int:
@@ -210,16 +209,6 @@ def bucket_of(m: int) -> int:
 def shared_bytes(capability: Capability) -> int:
     """The most shared memory that one program can have."""
     return (64 if isinstance(capability, str) else _SHARED_KIB.get(capability, 99)) << 10
-
-
-def _split_k(wanted: int, tiles: int, bucket: int, k: int, fmt: Format) -> int:
-    blocks = -(-k // BLOCK_K)
-    # Of one row of the weight: its codes, and 4 bytes of each partial sum for each token.
-    affordable = int(_MAX_PARTIALS * fmt.block_bytes * k / BLOCK_K / (4 * bucket))
-    split = max(1, min(wanted, blocks // _MIN_BLOCKS, affordable))
-    if tiles > MAX_SPLIT_TILES:
-        return 1
-    return _no_empty_part(blocks, split)
 
 
 def _no_empty_part(blocks: int, split: int) -> int:

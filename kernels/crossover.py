@@ -15,21 +15,18 @@ from itertools import accumulate
 import torch
 
 from qlinear.format import Format
-from qlinear.kernels.configs import choose_config, dense_rows
-from qlinear.kernels.estimate import kernel_seconds, machine_for
+from qlinear.kernels.configs import choose_config, config_seconds, dense_rows
+from qlinear.kernels.estimate import machine_for, vendor_seconds
 from qlinear.kernels.runtime import Capability
 from qlinear.kernels.tile_table import M_BUCKETS, TILE_TOKENS
-from qlinear.machines import MULTIPLIED, Machine
+from qlinear.machines import Machine
 
 #: Seconds that one more kernel on the stream costs. An assumption.
 LAUNCH = 2e-6
 
-#: The most tokens of the kernel that there can be: ends of M buckets, and of tiles beyond them, so that no crossover
-#: lies within a bucket. More than the last are always the vendor's.
-ENDS: tuple[int, ...] = (
-    *(end for end in M_BUCKETS if end >= TILE_TOKENS),
-    *range(M_BUCKETS[-1] + TILE_TOKENS, 4097, TILE_TOKENS),
-)
+#: The most tokens of the kernel that there can be: ends of M buckets, so that no crossover lies within one. More than
+#: the last are always the vendor's.
+ENDS: tuple[int, ...] = tuple(end for end in M_BUCKETS if end >= TILE_TOKENS)
 MOST_TOKENS = ENDS[-1]
 #: Of AMD's machine code there is no count: an assumption.
 _AMD_TOKENS = 256
@@ -85,12 +82,6 @@ def _counted(
     return ENDS[totals.index(min(totals))]
 
 
-def vendor_seconds(m: int, n: int, k: int, machine: Machine) -> float:
-    """The vendor's 16-bit product of x ``[m, k]`` and a weight ``[n, k]``."""
-    tensor = 2 * m * n * k / (machine.fp16_flops * MULTIPLIED)
-    return max(tensor, 2 * (n * k + m * k + m * n) / machine.stream_bytes_per_s)
-
-
 def dequantize_seconds(m: int, n: int, k: int, fmt: Format, machine: Machine) -> float:
     """The path of many tokens: read the packed weight, write a dense one, and let the vendor multiply.
 
@@ -105,5 +96,4 @@ def dequantize_seconds(m: int, n: int, k: int, fmt: Format, machine: Machine) ->
 def fused_seconds(m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, machine: Machine) -> float:
     """The kernel, in the configuration that is chosen for it."""
     config = choose_config(m, n, k, fmt, dtype, machine.capability, machine.sms)
-    tile = config.block_m, config.block_n, config.num_warps
-    return kernel_seconds(m, n, k, fmt, dtype, machine, tile, config.split_k)
+    return config_seconds(m, n, k, fmt, dtype, machine, config)

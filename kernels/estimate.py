@@ -1,4 +1,4 @@
-"""How long the matmul kernel takes at least for tens of tokens and more, by count: what tiles are chosen by.
+"""How long the matmul kernel takes at least, by count: what tiles and parts of K are chosen by.
 
 Nothing is measured here: the numbers are counts, makers' figures and assumptions, each said to be what it is.
 """
@@ -6,6 +6,7 @@ Nothing is measured here: the numbers are counts, makers' figures and assumption
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,13 @@ from qlinear.machines import MACHINES, MULTIPLIED, Machine
 FUSED = 0.87
 #: Bytes a clock of an L2 cache of which nothing is published: the A100's.
 _L2_BYTES_PER_CLOCK = 5120
+#: Of those, what one multiprocessor can have. An assumption.
+_SM_BYTES_PER_CLOCK = 64
+#: Seconds from asking memory for a block to having it: an assumption, for all machines. An H200 has to have 40 KB on
+#: their way to each of its processors for so long.
+LATENCY = 1.1e-6
+#: (BLOCK_M, BLOCK_N) of the vendor's 16-bit products, usual tiles of CUTLASS; lower ones for fewer tokens.
+_VENDOR_TILES = ((256, 128), (128, 256), (128, 128), (64, 256), (64, 128), (128, 64), (64, 64))
 
 
 class Slots(NamedTuple):
@@ -48,7 +56,11 @@ SLOTS: dict[tuple[int, int, int], Slots] = {
 }
 
 #: Whose figures stand for a capability; all others are taken for an L40S (no high-bandwidth memory, mma.sync).
-_STANDS_FOR: dict[Capability, str] = {(8, 0): "A100", (9, 0): "H200", (10, 0): "B200", (10, 3): "B200"}
+_STANDS_FOR: dict[Capability, str] = {
+    **{(8, 0): "A100", (9, 0): "H200", (10, 0): "B200", (10, 3): "B200"},
+    # 304 times what each of an A100's processors can read is near to an MI300X's 5.3 TB/s.
+    "gfx942": "A100",
+}
 
 
 def machine_for(capability: Capability, num_sms: int) -> Machine:
@@ -66,34 +78,71 @@ def machine_for(capability: Capability, num_sms: int) -> Machine:
 
 
 def kernel_seconds(
-    m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, machine: Machine, tile: Tile, split_k: int
+    m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, machine: Machine, tile: Tile, split_k: int, ahead: int
 ) -> float:
     """The most that memory, L2 cache, issue slots and tensor cores need, and then the sum of the parts of K.
 
     Every program has a tile of tokens, BLOCK_N rows of the weight and a part of K, and the busiest multiprocessor one
-    after the other.
+    after the other; those of 4 warps two at a time. Programs that start when others have ended wait for their first
+    block; what all wait for at the beginning, and a launch, are not counted.
+
+    Args:
+        ahead: bytes that a program has on their way: where they are few, or programs are, memory is not read at its
+            full speed.
     """
-    block_m, block_n, _ = tile
+    block_m, block_n, num_warps = tile
     tiles_m, tiles_n = -(-m // block_m), -(-n // block_n)
     weight, y = fmt.weight_bytes(n, k), m * n * dtype.itemsize
     x = m * k * token_bytes(fmt, dtype, machine.capability)
     partials = 8 * m * n * split_k if split_k > 1 else 0
-    columns = -(-k // (BLOCK_K * split_k)) * BLOCK_K
-    # Of the busiest multiprocessor, whose schedulers issue for 128 threads a clock.
-    weights = -(-tiles_m * tiles_n * split_k // machine.sms) * columns * block_n
+    programs, resident = tiles_m * tiles_n * split_k, 8 / num_warps
+    busiest = -(-programs // machine.sms)
+    weights = busiest * _part(k, split_k) * block_n
+    in_flight = min(programs, machine.sms * resident) * ahead
+    reading = min(1.0, in_flight / (machine.memory_bytes_per_s * LATENCY))
+    # Its schedulers issue for 128 threads a clock.
+    issue = weights * _slots(machine, block_m, block_n, fmt) / 128 / machine.clock_hz
+    tensor = weights * block_m / macs_per_s(fmt, machine)
+    # A warpgroup alone decodes and multiplies in turns.
+    alone = min(busiest, resident) * num_warps < 8
     times = (
-        weights * _slots(machine, block_m, block_n, fmt) / 128 / machine.clock_hz,
-        weights * block_m / macs_per_s(fmt, machine),
-        (weight + x + y) / machine.stream_bytes_per_s,
+        issue + tensor if alone else max(issue, tensor),
+        (weight + x + y) / machine.stream_bytes_per_s / reading,
         (weight * tiles_m + x * tiles_n + partials + y) / _l2_bytes_per_s(machine),
     )
-    return max(times) + adding_seconds(block_m * block_n, split_k, machine)
+    waves = max(1, ceil(busiest / resident))
+    adding = adding_seconds(min(m, block_m) * block_n, split_k, tiles_m * tiles_n, machine)
+    return max(times) + (waves - 1) * LATENCY + adding
 
 
-def adding_seconds(sums: int, split_k: int, machine: Machine) -> float:
+def vendor_seconds(m: int, n: int, k: int, machine: Machine) -> float:
+    """The vendor's 16-bit product of x ``[m, k]`` and a weight ``[n, k]``: memory or tensor cores, in its best tile.
+
+    Its tiles, too, leave processors idle at the end, and parts of K have to be added. Nothing else is charged: neither
+    its way through the L2 cache nor the start of a program.
+    """
+    memory = 2 * (n * k + m * k + m * n) / machine.stream_bytes_per_s
+    macs_per_s = machine.fp16_flops * MULTIPLIED / 2 / machine.sms
+    found = []
+    for block_m, block_n in _VENDOR_TILES:
+        tiles = -(-m // block_m) * -(-n // block_n)
+        for split_k in range(1, max(1, min(2 * machine.sms // tiles, k // BLOCK_K)) + 1):
+            weights = -(-tiles * split_k // machine.sms) * _part(k, split_k) * block_n
+            adding = adding_seconds(min(m, block_m) * block_n, split_k, tiles, machine)
+            found.append(max(memory, weights * min(block_m, -(-m // 16) * 16) / macs_per_s) + adding)
+    return min(found)
+
+
+def _part(k: int, split_k: int) -> int:
+    """Columns of the longest of so many parts of K."""
+    return -(-k // (BLOCK_K * split_k)) * BLOCK_K
+
+
+def adding_seconds(sums: int, split_k: int, tiles: int, machine: Machine) -> float:
     """One program adds all parts of a tile of so many sums, while the others of the tile are done."""
     added = 4 * sums * split_k if split_k > 1 else 0
-    return added / (_l2_bytes_per_s(machine) / machine.sms)
+    rate = min(_SM_BYTES_PER_CLOCK * machine.clock_hz, _l2_bytes_per_s(machine) / min(tiles, machine.sms))
+    return added / rate
 
 
 def _l2_bytes_per_s(machine: Machine) -> float:
@@ -109,6 +158,9 @@ def macs_per_s(fmt: Format, machine: Machine) -> float:
 
 
 def _slots(machine: Machine, block_m: int, block_n: int, fmt: Format) -> float:
+    # Few tokens: about the same in every tile, and less than the way from memory.
+    if block_m <= 16:
+        return 0.0
     slots = SLOTS.get((machine.capability[0], block_m, block_n), SLOTS[8, 128, 128])
     if multiplies_bytes(fmt, machine.capability):
         return slots.channel8 if fmt.group_size is None else slots.grouped8

@@ -7,8 +7,8 @@ import torch
 from qlinear.format import Format
 from qlinear.kernels.runtime import Capability, has_fp8
 
-#: Tokens are rounded up to the next of these.
-M_BUCKETS = (8, 16, 64, 128, 256, 512)
+#: Tokens are rounded up to the next of these: from 128 on, how a matmul is best cut changes with every tile or two.
+M_BUCKETS = (8, 16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 #: Stands for the bucket of more tokens than that.
 MANY = 2 * M_BUCKETS[-1]
 #: Most tokens of one tile.

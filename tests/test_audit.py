@@ -17,7 +17,8 @@ from bench.problems import TOKENS, Problem
 from qlinear.format import DENSE
 from qlinear.kernels.compile import cuobjdump
 from qlinear.kernels.configs import Config
-from qlinear.kernels.crossover import LAUNCH, dequantize_seconds, vendor_seconds
+from qlinear.kernels.crossover import LAUNCH, dequantize_seconds
+from qlinear.kernels.estimate import LATENCY, vendor_seconds
 from qlinear.machines import MACHINES, Machine
 
 # A pipelined loop inside another: 4 warps, 128 rows of int4 by 16 tokens of 16 bits, 2 buffers.
@@ -214,13 +215,14 @@ def test_predicted_time() -> None:
     problem, config = Problem("m", "l", 16, 2560, 1280), Config(16, 256, 4, 4, split_k=2)
     floor = (2560 * 1280 // 2 + 2560 * 2) / 0.9e12
     # 20 programs on 10 multiprocessors: two each, of 5 blocks of 128; 10 steps of 1000 clocks and more at 1 GHz. The
-    # last of a tile reads two parts of 16 x 256 sums at its share of the L2 cache's speed.
-    added = 2 * 16 * 256 * 4 / (5120 / 10 * 1e9)
+    # last of a tile reads two parts of 16 x 256 sums, 64 bytes a clock, where its share of the L2 cache's are 512.
+    added = 2 * 16 * 256 * 4 / 64e9
     slow = predict.predict(problem, fmt, config, predict.Step(1000, 50, 1200), 1, 2, MACHINE)
     assert (slow.bound, slow.seconds, slow.programs_per_sm) == ("issue", pytest.approx(10e-6 + added), 2)
     # A block that waits leaves its multiprocessor to the other, if there is one.
     waits = predict.predict(problem, fmt, config, predict.Step(1000, 900, 1900), 1, 1, MACHINE)
-    assert (waits.bound, waits.seconds) == ("wait", pytest.approx(19e-6 + added))
+    # Alone, the second of them starts when the first has ended.
+    assert (waits.bound, waits.seconds) == ("wait", pytest.approx(19e-6 + added + LATENCY))
     both = predict.predict(problem, fmt, config, predict.Step(1000, 900, 1900), 1, 2, MACHINE)
     assert (both.bound, both.seconds) == ("issue", pytest.approx(10e-6 + added))
     fast = predict.predict(problem, fmt, config, predict.Step(10, 20, 30), 5, 2, MACHINE)
@@ -233,7 +235,10 @@ def test_predicted_time() -> None:
     partials = 2 * 2 * 16 * 2560 * 4
     l2 = 2560 * 1280 // 2 + 2560 * 2 + 10 * 16 * 1280 * 2 + partials + 16 * 2560 * 2
     assert (cached.bound, cached.seconds) == ("l2", pytest.approx(l2 / 10e9 + 2 * 16 * 256 * 4 / 1e9))
-    # In 16 bit, 16 tokens are bound by the weight, 64 by products at 80 % of 20 TFLOP/s.
+    # One token has one row of sums.
+    one = predict.predict(problem._replace(m=1), fmt, config, predict.Step(1000, 50, 1200), 1, 2, MACHINE)
+    assert one.seconds == pytest.approx(10e-6 + added / 16)
+    # In 16 bit, 16 tokens are bound by the weight, 64 by products at 80 % of 20 TFLOP/s: 20 tiles of 64 x 128.
     dense = 2 * (2560 * 1280 + 16 * (1280 + 2560)) / 0.9e12
     assert vendor_seconds(*problem[2:], MACHINE) == pytest.approx(dense)
     assert vendor_seconds(64, *problem[3:], MACHINE) == pytest.approx(2 * 64 * 2560 * 1280 / 16e12)

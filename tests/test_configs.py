@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlinear.format import DENSE
-from qlinear.kernels.configs import choose_config, dense_rows, shipped_configs
+from qlinear.kernels.configs import choose_config, config_seconds, dense_rows, shipped_configs
+from qlinear.kernels.estimate import machine_for
 from qlinear.kernels.runtime import MAX_SPLIT_TILES
 from qlinear.kernels.tile_table import M_BUCKETS, token_bytes
 
@@ -67,9 +68,21 @@ def test_the_configuration_depends_on_the_bucket_of_m_alone(bucket):
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192)])
 def test_a_few_tokens_fill_an_h100(m, n, k):
     config = choose_config(m, n, k, DENSE["w4a16"], torch.bfloat16, (9, 0), 132)
-    programs = -(-n // config.block_n) * config.split_k
-    # As many as there are multiprocessors, or every tile of 128 rows in parts of 4 blocks.
-    assert programs >= min(128, n // 128 * (k // 128 // 4))
+    # A tile of 256 rows for three quarters of the multiprocessors, or every tile of 128 in parts of 4 blocks.
+    rows = n * config.split_k
+    assert rows >= min(0.75 * 132 * 256, n * (k // 128 // 4))
+    assert config.split_k == 1 or rows <= 2 * 132 * 256
+
+
+@pytest.mark.parametrize(("n", "k", "parts"), [(4096, 14336, 7), (8192, 8192, 4), (28672, 8192, 1)])
+def test_no_more_parts_than_fill_it(n, k, parts):
+    """One program adds the parts of a tile, and that takes longer the more there are."""
+    chosen = choose_config(16, n, k, DENSE["w4a16"], torch.bfloat16, (9, 0), 132)
+    assert (chosen.block_n, chosen.split_k) == (256, parts)
+    twice = replace(chosen, split_k=2 * parts)
+    machine = machine_for((9, 0), 132)
+    times = [config_seconds(16, n, k, DENSE["w4a16"], torch.bfloat16, machine, c) for c in (chosen, twice)]
+    assert times[0] < times[1]
 
 
 def test_scales_go_where_the_tile_is_smaller():

@@ -14,8 +14,8 @@ from bench.cubins import DTYPES, Job
 from bench.problems import Problem
 from qlinear.format import DENSE
 from qlinear.kernels.configs import dense_rows, shipped_configs
-from qlinear.kernels.crossover import ENDS, LAUNCH, dequantize_seconds, fused_seconds, fused_tokens, vendor_seconds
-from qlinear.kernels.estimate import SLOTS, kernel_seconds, machine_for
+from qlinear.kernels.crossover import ENDS, LAUNCH, dequantize_seconds, fused_seconds, fused_tokens
+from qlinear.kernels.estimate import LATENCY, SLOTS, kernel_seconds, machine_for, vendor_seconds
 from qlinear.kernels.tile_table import M_BUCKETS
 from qlinear.machines import MACHINES
 
@@ -106,13 +106,24 @@ def test_the_seconds_of_a_made_up_machine():
     # Two tiles of tokens by 10 of 128 rows: each processor has two, of 10 blocks of 128 along K.
     weights = 2 * 1280 * 128
     issue, tensor = weights * SLOTS[8, 128, 128].channel / 128 / 1e9, 2 * weights * 128 / (2e12 * 0.8 * 0.87)
-    seconds = kernel_seconds(256, 1280, 1280, fmt, torch.float16, machine, (128, 128, 8), 1)
-    assert seconds == pytest.approx(max(issue, tensor))
+    seconds = kernel_seconds(256, 1280, 1280, fmt, torch.float16, machine, (128, 128, 8), 1, ahead=1 << 20)
+    assert seconds == pytest.approx(max(issue, tensor) + LATENCY)
     # In two parts each processor has four, of half as many blocks; one of them adds two parts of 128 x 128 sums.
-    added = 2 * 128 * 128 * 4 / (5120 / 10 * 1e9)
-    split = kernel_seconds(256, 1280, 1280, fmt, torch.float16, machine, (128, 128, 8), 2)
-    assert split == pytest.approx(seconds + added)
+    added = 2 * 128 * 128 * 4 / 64e9
+    split = kernel_seconds(256, 1280, 1280, fmt, torch.float16, machine, (128, 128, 8), 2, ahead=1 << 20)
+    assert split == pytest.approx(max(issue, tensor) + 3 * LATENCY + added)
+    # Four warps are one warpgroup: where it has a processor for itself it decodes and multiplies in turns.
+    alone = kernel_seconds(128, 1280, 1280, fmt, torch.float16, machine, (128, 128, 4), 1, ahead=1 << 20)
+    assert alone == pytest.approx((issue + tensor) / 2)
+    # Ten programs that have 55 KB each on their way read half of what 1 TB/s brings in 1.1 us.
+    slow = replace(machine, fp16_flops=1e18, clock_hz=1e15)
+    reading = kernel_seconds(128, 1280, 1280, fmt, torch.float16, slow, (128, 128, 8), 1, ahead=55_000)
+    moved = 1280 * 1280 + 2 * 1280 + 2 * 2 * 128 * 1280
+    assert reading == pytest.approx(moved / 0.9e12 * 2)
+    # Ten tiles of 256 x 128, one for each processor; 88 of 64 x 64 are nine for some.
     assert vendor_seconds(256, 1280, 1280, machine) == pytest.approx(2 * 256 * 1280 * 1280 / 16e12)
+    assert vendor_seconds(2560, 1408, 1280, machine) == pytest.approx(2 * 2560 * 1408 * 1280 / 16e12)
+    assert vendor_seconds(256, 1408, 1280, machine) > 1.02 * 2 * 256 * 1408 * 1280 / 16e12
     # 1280 * 1280 codes, a scale a row, and the dense weight at 0.9 TB/s; one kernel more.
     extra = dequantize_seconds(256, 1280, 1280, fmt, machine) - vendor_seconds(256, 1280, 1280, machine)
     assert extra == pytest.approx((1280 * 1280 * 3 + 1280 * 2) / 0.9e12 + LAUNCH)

@@ -30,10 +30,11 @@ def test_the_shape_is_split_where_tokens_are_few() -> None:
 
 
 def test_a_bucket_has_one_configuration() -> None:
-    assert M_BUCKETS == (8, 16, 64, 128, 256, 512)
-    assert bucket_ends() == [(1, 8), (9, 16), (17, 64), (65, 128), (129, 256), (257, 512)]
+    assert M_BUCKETS == (8, 16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+    assert bucket_ends()[:7] == [(1, 8), (9, 16), (17, 64), (65, 128), (129, 192), (193, 256), (257, 384)]
+    assert [end for _, end in bucket_ends()] == list(M_BUCKETS)
     for fmt in DENSE.values():
-        for few, many in [*bucket_ends(), (513, 4096)]:
+        for few, many in [*bucket_ends(), (4097, 9000)]:
             made = {choose_config(m, 4096, 4096, fmt, torch.bfloat16, (9, 0), 132) for m in (few, few + 1, many)}
             assert len(made) == 1
 
@@ -88,7 +89,7 @@ def test_graphs_replay_the_same_bits(fmt: Format, m: int, device: torch.device) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("few", "many"), [*bucket_ends(), (513, 600)])
+@pytest.mark.parametrize(("few", "many"), [*bucket_ends(), (4097, 4200)])
 @some_formats
 def test_rows_are_independent_where_the_device_is_full(fmt: Format, few: int, many: int, device: torch.device) -> None:
     packed = random_weight(fmt, 4096, 4096, torch.float16, device)

@@ -157,7 +157,7 @@ def test_neighbours_can_be_used_and_differ(fmt, bucket: int) -> None:
 
 def test_the_plan_has_few_tokens_first_and_crossovers_last() -> None:
     layers = [("w8a8", 64, 64), ("w4a16", 4096, 4096), ("w4a16", 4096, 4096)]
-    problems = plan(layers, BF16, [1, 5, 600, 16])
+    problems = plan(layers, BF16, [1, 5, 6000, 16])
     assert [(p.scheme, p.bucket) for p in problems] == [
         *(("w4a16", 8), ("w8a8", 8), ("w4a16", 16), ("w8a8", 16), ("w4a16", MANY), ("w8a8", MANY)),
         ("w4a16", 0),
