@@ -165,10 +165,10 @@ _PARTIALS_NOW = {
     "w4a16-channel-asym": 0.22,
     "w4a8": 0.21,
     "w4a8-channel": 0.22,
-    # Fewer bytes of weight, and as many of everything else.
-    "w4a16-2:4": 0.28,
-    "w4a16-asym-2:4": 0.27,
-    "w8a16-2:4": 0.17,
+    # Fewer bytes of weight, and as many of everything else; in 8 parts, as there are instructions to share.
+    "w4a16-2:4": 0.32,
+    "w4a16-asym-2:4": 0.31,
+    "w8a16-2:4": 0.20,
 }
 #: Over budget today. The test wants this list to be exact: what is mended leaves it, and nothing joins it unseen.
 KNOWN: tuple[str, ...] = (

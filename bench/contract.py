@@ -55,7 +55,7 @@ def as_table(rows: Sequence[dict[str, Any]], machine: Machine) -> str:
         lines.append((scheme, *(_cell(mine[m]) if m in mine else "" for m in tokens)))
     title = (
         f"{machine.name}, speed against 16 bit, predicted, of the slowest layer of 4096 x 4096 and up; !: less\n"
-        "than the contract wants (bench/contract.py). 16 bit is a bound too: its half-filled waves are not charged."
+        "than the contract wants (bench/contract.py). 16 bit: in the best of usual tiles, half-filled waves included."
     )
     return f"{title}\n{table(('scheme', *(f'M = {m}' for m in tokens)), lines, right=range(1, 1 + len(tokens)))}"
 
