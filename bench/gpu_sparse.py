@@ -18,7 +18,7 @@ from bench.gpu_job import Job, Result, dtype_name
 from bench.gpu_warm import Case, random_weight, warm
 from bench.sides import Side, Unavailable, float_side, packed_side
 from bench.timing import in_turns
-from qlinear import ops
+from qlinear import ops, semi_structured
 from qlinear.format import FORMATS
 from qlinear.kernels.graphs import replayed
 from qlinear.packing import PackedWeight, pack
@@ -37,7 +37,10 @@ def layouts(scheme: str, job: Job) -> tuple[str, ...]:
 
 
 def sparse(job: Job) -> Result:
-    """Both layouts against float64, in the first dtype, then times on a layer of ``sizes.launch``, then others."""
+    """Both layouts against float64, in the first dtype, then times on a layer of ``sizes.launch``, then others.
+
+    Last the 16-bit copies that are kept of such a layer.
+    """
     dtypes = [dtype for dtype in job.sizes.dtypes if dtype != torch.float32]
     result: Result = {"warm": warm(_cases(dtypes, job), job, job.left * 0.6)}
     result |= {"rows": [], "times": [], "failed": [], "left_out": []}
@@ -55,6 +58,10 @@ def sparse(job: Job) -> Result:
                 continue
             result["times"].append(_times(m, job))
             job.save(result)
+    if job.left < 3:
+        result["left_out"].append("kept copies")
+    else:
+        result["copies"] = [_copy(dtype, job) for dtype in dtypes]
     return result
 
 
@@ -88,6 +95,17 @@ def _numerics(scheme: str, layout: str, dtype: torch.dtype, job: Job) -> list[Re
         found = error_of(partial(_product, x, p), x.double() @ dense.t(), packed.format.max_error(dtype))
         rows.append(row | found)
     return rows
+
+
+def _copy(dtype: torch.dtype, job: Job) -> Result:
+    """Which copy ``keep_dense`` keeps of a 2:4 weight, why, and the microseconds of both where they were timed."""
+    fmt, (n, k) = FORMATS["w16a16-2:4"], job.sizes.launch
+    dense = random_weight(fmt, n, k, dtype, job.device).dequantize(dtype).contiguous()
+    found = semi_structured.choose(dense, fmt)
+    kept = "semi-structured" if semi_structured.is_made(found.copy, k) else "dense"
+    row = {"dtype": dtype_name(dtype), "m": semi_structured.TOKENS, "n": n, "k": k, "kept": kept, "why": found.reason}
+    times = zip(("dense", "semi-structured"), found.seconds or (), strict=False)
+    return row | {"us": {name: seconds * 1e6 for name, seconds in times}}
 
 
 def _product(x: Tensor, p: PackedWeight) -> Tensor:

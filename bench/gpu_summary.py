@@ -26,6 +26,8 @@ def summarize(results: dict[str, Any], names: Sequence[str], folder: Path) -> st
         parts += ["## Benchmark", _fenced(_contract(rows)), _fenced(show(rows)), *_pictures(rows, folder)]
         notes = results["benchmark"].get("notes", [])
         parts += [_fenced("\n".join(notes[:40]))] if notes else []
+    if rows := results.get("sparse", {}).get("copies"):
+        parts += ["## Kept copies of 2:4 weights", _fenced(_copies(rows))]
     for name, writer in (("launch", _launch), ("models", _models), ("tuned", _tuned)):
         if results.get(name, {}).get("rows"):
             parts += [f"## {name}", _fenced(writer(results[name]))]
@@ -99,6 +101,14 @@ def _pictures(rows: Sequence[Result], folder: Path) -> list[str]:
     except Exception as error:
         # The tables are worth more than pictures of them.
         return [f"No pictures: {type(error).__name__}: {error}"]
+
+
+def _copies(rows: Sequence[Result]) -> str:
+    lines = []
+    for row in rows:
+        times = [f"{row['us'][name]:.1f}" if name in row["us"] else "" for name in ("dense", "semi-structured")]
+        lines.append((row["dtype"], f"{row['m']} x {row['n']} x {row['k']}", *times, row["kept"], row["why"]))
+    return table(("dtype", "M x N x K", "us, dense", "us, semi-structured", "kept", "why"), lines, right=(2, 3))
 
 
 def _launch(result: Result) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qlinear import semi_structured
 from qlinear.linear import QLinear
 from qlinear.paths import describe_paths, paths
 from qlinear.selection import candidates
@@ -27,7 +28,8 @@ class Row:
     reason: str | None
     #: How the layer multiplies where it is now, by the number of tokens each way begins at; None where it is in float.
     paths: dict[int, str] | None = None
-    #: The dtype of a kept 16-bit copy, whose bytes are in ``bytes_after``; None where there is none.
+    #: The dtype of a kept 16-bit copy, whose bytes are in ``bytes_after``, and "semi-structured" where it is that; None
+    #: where there is none.
     kept_copy: str | None = None
     #: A dense scheme that holds every weight in no more bytes than this sparse one the kept ones; None: there is none.
     smaller_dense: str | None = None
@@ -114,13 +116,14 @@ def _packed_row(name: str, layer: QLinear) -> Row:
     dense = layer.weight_dense
     dtype = layer.compute_dtype or (layer.float_dtype if dense is None else dense.dtype)
     kept = dense is not None and dense.dtype == dtype
+    made = dense is not None and semi_structured.is_made(dense, layer.in_features)
     ways = paths(
-        layer.format, dtype, layer.weight_packed.device, layer.layout, layer.in_features, layer.out_features, kept
+        layer.format, dtype, layer.weight_packed.device, layer.layout, layer.in_features, layer.out_features, kept, made
     )
     name = f"{name}.weight" if name else "weight"
     smaller = layer.format.smaller_dense(*shape, layer.packed.density) if layer.format.sparsity else None
     smaller_name = None if smaller is None else smaller.name
-    copy = None if dense is None else str(dense.dtype).removeprefix("torch.")
+    copy = None if dense is None else str(dense.dtype).removeprefix("torch.") + (" semi-structured" if made else "")
     return Row(name, shape, layer.scheme, before, layer.nbytes, layer.layout, None, ways, copy, smaller_name)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlinear import ops, paths, prepacked, sparse
+from qlinear import ops, paths, prepacked, semi_structured, sparse
 from qlinear.float_layers import float_matrix, float_tensor, is_conv1d, is_linear
 from qlinear.format import FORMATS, Format, Scheme
 from qlinear.packing import PackedWeight, pack_codes, patterned
@@ -40,7 +40,7 @@ class QLinear(nn.Module):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     weight_index: Tensor | None
-    #: The 16-bit copy of :meth:`keep_dense`; None where there is none.
+    #: The 16-bit copy of :meth:`keep_dense`, dense or of :mod:`qlinear.semi_structured`; None where there is none.
     weight_dense: Tensor | None
     #: What stands for a weight of :mod:`qlinear.prepacked`; ``weight_packed`` is empty then.
     weight_opaque: Tensor | None
@@ -159,7 +159,8 @@ class QLinear(nn.Module):
             if self.layout == "triton":
                 ops.reserve(self.weight_packed.device)
         if self.dense_dtype is not None and self.weight_dense is None and not self.weight_packed.is_meta:
-            self.weight_dense = self.dequantize(self.dense_dtype).contiguous()
+            dense = self.dequantize(self.dense_dtype).contiguous()
+            self.weight_dense = semi_structured.choose(dense, self.format).copy
         return self
 
     def unprepare(self) -> QLinear:
@@ -174,6 +175,8 @@ class QLinear(nn.Module):
         Few tokens are multiplied by the packed weight as before, more of them (``inspect`` says from where on) by the
         copy, as fast as in ``nn.Linear``. It costs 2 bytes a weight: more memory than before the conversion. It is
         never saved, copied or pickled; ``unprepare`` drops it, ``prepare`` and moves (device, dtype) make it anew.
+        Of a 2:4 weight on an NVIDIA GPU it is PyTorch's semi-structured form, 1.125 bytes a weight, where that was
+        right and faster than the dense one when both were tried with 2048 tokens.
 
         Args:
             dtype: float16 or bfloat16, used for inputs of that dtype; None is the dtype the layer computes in.

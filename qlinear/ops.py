@@ -4,8 +4,9 @@ Export and CUDA graphs see one opaque call per layer, and so does compile where 
 travels by name; the layout is told by the weight.
 
 - ``linear(x, weight, scale, zero_point?, bias?, scheme, in_features, out_features, dense?, index?)``: ``x @ W.T +
-  bias`` for x ``[..., K]``; ``dense`` is the weight ``[N, K]`` in 16 bit, used for many tokens of its dtype unless
-  the scheme is of blocks or rounds tokens; ``index`` says where the weights of a sparse scheme belong.
+  bias`` for x ``[..., K]``; ``dense`` is the weight ``[N, K]`` in 16 bit, or that of
+  :mod:`qlinear.semi_structured`, used for many tokens of its dtype unless the scheme is of blocks or rounds tokens;
+  ``index`` says where the weights of a sparse scheme belong.
 - ``dequantize(weight, scale, zero_point?, scheme, in_features, out_features, dtype, index?)``: the float weight
   ``[N, K]``.
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from qlinear import cpu
+from qlinear import cpu, semi_structured
 from qlinear.format import FORMATS, Format
 from qlinear.packing import PackedWeight
 from qlinear.paths import FRAGMENT_TOKENS, UNSTRUCTURED_TOKENS
@@ -64,7 +65,8 @@ def _usable(dense: Tensor | None, x: Tensor, fmt: Format) -> bool:
 
 def _linear_dense(x: Tensor, dense: Tensor | None, bias: Tensor | None) -> Tensor:
     assert dense is not None
-    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    product = semi_structured.linear if semi_structured.is_made(dense, x.shape[-1]) else F.linear
+    return product(x, dense, None if bias is None else bias.to(x.dtype))
 
 
 def _linear_cpu(x: Tensor, packed: PackedWeight, bias: Tensor | None, dense: Tensor | None) -> Tensor:

@@ -40,14 +40,16 @@ def path(
     in_features: int,
     out_features: int,
     kept: bool = False,
+    semi_structured: bool = False,
 ) -> tuple[str, str]:
     """How a product of ``tokens`` rows is computed on a device, and why: ``(name, reason)``, for ``doctor``.
 
     Args:
         kept: a 16-bit copy of the weight is there (:meth:`qlinear.QLinear.keep_dense`).
+        semi_structured: that copy is one of :mod:`qlinear.semi_structured`.
     """
     few = _few_tokens(fmt, dtype, device, layout, in_features, out_features, kept)
-    return _path(fmt, dtype, tokens, device.type, layout, in_features, kept, few)
+    return _path(fmt, dtype, tokens, device.type, layout, in_features, kept, few, semi_structured)
 
 
 def _few_tokens(
@@ -66,11 +68,20 @@ def _few_tokens(
 
 
 def _path(
-    fmt: Format, dtype: torch.dtype, tokens: int, kind: str, layout: str, k: int, kept: bool, few: int | None
+    fmt: Format,
+    dtype: torch.dtype,
+    tokens: int,
+    kind: str,
+    layout: str,
+    k: int,
+    kept: bool,
+    few: int | None,
+    semi_structured: bool = False,
 ) -> tuple[str, str]:
     many = few is not None and tokens > few
     if kept and many:
-        return "F.linear on the kept copy", f"more than {few} tokens" if few else "no faster way in this dtype"
+        product = "PyTorch's semi-structured matmul" if semi_structured else "F.linear"
+        return f"{product} on the kept copy", f"more than {few} tokens" if few else "no faster way in this dtype"
     if kind == "cpu":
         return cpu.path(fmt, dtype, tokens, layout, k)
     if layout == "mma.sp" and tokens <= FRAGMENT_TOKENS and dtype != torch.float32:
@@ -114,20 +125,21 @@ def paths(
     in_features: int,
     out_features: int,
     kept: bool = False,
+    semi_structured: bool = False,
 ) -> dict[int, str]:
     """Every path a layer takes on a device, by the number of tokens each begins at; arguments as for :func:`path`."""
     few = _few_tokens(fmt, dtype, device, layout, in_features, out_features, kept)
-    return dict(_paths(fmt, dtype, device.type, layout, in_features, kept, few))
+    return dict(_paths(fmt, dtype, device.type, layout, in_features, kept, few, semi_structured))
 
 
 @functools.cache
 def _paths(
-    fmt: Format, dtype: torch.dtype, kind: str, layout: str, k: int, kept: bool, few: int | None
+    fmt: Format, dtype: torch.dtype, kind: str, layout: str, k: int, kept: bool, few: int | None, semi_structured: bool
 ) -> tuple[tuple[int, str], ...]:
     found: list[tuple[int, str]] = []
     # A crossover of 4096 tokens is the last there can be.
     for tokens in range(1, _MOST_TOKENS + 2):
-        name, _ = _path(fmt, dtype, tokens, kind, layout, k, kept, few)
+        name, _ = _path(fmt, dtype, tokens, kind, layout, k, kept, few, semi_structured)
         if not found or name != found[-1][1]:
             found.append((tokens, name))
     return tuple(found)

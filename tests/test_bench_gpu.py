@@ -250,10 +250,13 @@ def test_the_summary_shows_what_failed_and_what_was_measured(tmp_path: Path) -> 
         "gbps": 3.0,
     }
     row |= {"of_floor": 0.5, "float_us": {"bfloat16": 1.0}, "peers_us": {"torchao": 4.0}, "path": "Triton matmul"}
+    copy = {"dtype": "float16", "m": 2048, "n": 64, "k": 96, "kept": "semi-structured", "why": "faster"}
+    copy |= {"us": {"dense": 12.5, "semi-structured": 10.0}}
     results: dict[str, Result] = {
         "environment": {"commit": "abc", "devices": ["cuda:0: H200"], "versions": {"torch": "2.11"}, "nvidia_smi": "x"},
         "numerics": {"rows": [], "failed": ["w4a16 is wrong"] * 20, "incomplete": "late"},
         "benchmark": {"rows": [row, row | {"m": 256, "us": 1.1}], "notes": ["a note"], "failed": []},
+        "sparse": {"rows": [], "copies": [copy, copy | {"us": {}, "kept": "dense", "why": "no cores"}]},
         "launch": {
             "rows": [{"side": "QLinear", "cpu_us": 9.0, "graph_warm_us": 2.0, "graph_cold_us": None}],
             "arguments": {"passed": 13, "compiled_in": 9},
@@ -297,6 +300,8 @@ def test_the_summary_shows_what_failed_and_what_was_measured(tmp_path: Path) -> 
         "not run",
         "cut short",
         "a note",
+        "12.5",
+        "no cores",
     ):
         assert wanted in text, wanted
     assert not gpu.good(results) and gpu.good({"a": {}}, [Stage("a", 1, "")])
@@ -310,6 +315,7 @@ def test_sparse(device: torch.device) -> None:
     wanted = {(scheme, layout) for scheme in gpu_sparse.SCHEMES for layout in gpu_sparse.layouts(scheme, job(device))}
     assert {(r["scheme"], r["layout"]) for r in result["rows"]} == wanted and len(wanted) >= 9
     assert [t["m"] for t in result["times"]] == [1, 8, 16] and json.dumps(result)
+    assert [copy["dtype"] for copy in result["copies"]] == ["bfloat16", "float16"]
     assert all(us > 0 for t in result["times"] for us in t["us"].values())
     late = gpu_sparse.sparse(job(device, deadline=time.monotonic()))
-    assert late["rows"] == [] and len(late["left_out"]) == 2 * len(gpu_sparse.SCHEMES) + 3
+    assert late["rows"] == [] and len(late["left_out"]) == 2 * len(gpu_sparse.SCHEMES) + 4

@@ -1,19 +1,22 @@
-"""Block-sparse layers in the benchmarks: what is predicted for a GPU, and what is measured here."""
+"""Sparse layers in the benchmarks: what is predicted for a GPU, and what is measured here."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import fragments, sparse, sparsity, sparsity24
+from bench import fragments, gpu_sparse, sparse, sparsity, sparsity24
 from bench.audit import audit, jobs_of
 from bench.cubins import read_all
+from bench.gpu_job import Job, Sizes
 from bench.problems import Problem
-from qlinear import reference
+from qlinear import reference, semi_structured
 from qlinear.machines import MACHINES
+from qlinear.semi_structured import Choice
 
 
 def test_the_sparsity_from_which_on_blocks_are_as_fast(tmp_path: Path) -> None:
@@ -70,3 +73,18 @@ def test_a_block_sparse_layer_is_timed_against_dense_ones(monkeypatch: pytest.Mo
     monkeypatch.setattr(reference, "matmul", lambda x, _: torch.ones(len(x), 192).double())
     with pytest.raises(RuntimeError, match=r"w4a16-g64 is wrong here|w8a16 is wrong here"):
         sparse.measure(torch.bfloat16, torch.device("cpu"), **settings)
+
+
+def test_the_kept_copies_of_sparse_weights(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why the dense one, where nothing can be timed, or both times."""
+    job = Job(device, Sizes(launch=(64, 96)))
+    here = gpu_sparse._copy(torch.float16, job)
+    keys = {"dtype": "float16", "m": 2048, "n": 64, "k": 96}
+    assert here.items() >= keys.items() and here["kept"] in ("dense", "semi-structured") and json.dumps(here)
+    if device.type == "cpu":
+        assert here == keys | {"kept": "dense", "why": "ValueError: no sparse tensor cores on cpu", "us": {}}
+    found = Choice(torch.zeros(64, 54), "faster", (3e-6, 2e-6))
+    monkeypatch.setattr(semi_structured, "choose", lambda dense, fmt: found)
+    there = gpu_sparse._copy(torch.bfloat16, job)
+    assert there["kept"] == "semi-structured" and there["why"] == "faster"
+    assert there["us"] == {"dense": pytest.approx(3.0), "semi-structured": pytest.approx(2.0)}

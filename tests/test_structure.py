@@ -21,7 +21,7 @@ FLOORS = [
     ["cpu_blocks"],
     ["cpu_sparse"],
     ["reference", "cpu", "kernels"],
-    ["paths", "token_ops"],
+    ["paths", "semi_structured", "token_ops"],
     ["ops"],
     ["linear"],
     ["undo", "reshaped", "selection"],
