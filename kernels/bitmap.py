@@ -109,8 +109,9 @@ def _bitmap_kernel(
     is_last = splits == 1
     if splits > 1:
         acc, is_last = share_partials(
-            acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N
-        )
+            acc, partial_ptr, counter_ptr, tile, tile.to(tl.int64) * splits, split, splits, M - pid_m * BLOCK_M,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     if is_last:
         scale = tl.load(scale_ptr + offs_n, mask=here, other=0) if scale_ptr is not None else None
         store_output(acc, y_ptr, scale, None, bias_ptr, offs_n, offs_m, M, N, 1.0)

@@ -83,7 +83,7 @@ def check_blocks(
     scales = {"float": (n, 0), "int": (count if fmt.group_size else rows, fmt.block)}[fmt.number]
     _check_tensor("weight", weight, what, torch.int16, shape)
     _check_tensor("scale", scale, what, scale.dtype, scales)
-    _check_tensor("index", index, what, torch.int32, (2 * rows + 1 + count,))
+    _check_tensor("index", index, what, torch.int32, (3 * rows + 1 + 2 * count,))
     for name, tensor in (("scale", scale), ("index", index)):
         if tensor.device != x.device:
             raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}")

@@ -28,17 +28,19 @@ def store_output(acc, y_ptr, scale, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N,
 
 @triton.jit
 def share_partials(
-    acc, partial_ptr, counter_ptr, tile, split, splits, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, partial_ptr, counter_ptr, tile, first, split, splits, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     AHEAD: tl.constexpr = 1,
 ):  # fmt: skip
     """Split-K in one launch: returns ``(sum of all partials, whether this program is the one that stores it)``.
 
     Every program writes its partial sum and counts itself in; the last to arrive adds all of them in the order of
     their index, so the bits do not depend on who was last, and sets the counter back to zero for the next launch.
+
+    tile: whose counter. first: the number of its first partial sum, in 64 bits; its others follow.
     """
     offs = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK_N
     mask = (tl.arange(0, BLOCK_M) < rows)[None, :]
-    ptrs = partial_ptr + tile.to(tl.int64) * splits * (BLOCK_M * BLOCK_N) + offs
+    ptrs = partial_ptr + first * (BLOCK_M * BLOCK_N) + offs
     tl.store(ptrs + split * (BLOCK_M * BLOCK_N), acc, mask=mask)
     # All threads have written before one of them counts (release), and none reads before that (acquire).
     tl.debug_barrier()
@@ -55,15 +57,20 @@ def share_partials(
     return acc, is_last
 
 
-def split_buffers(tiles: int, config: Config, sums: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def split_buffers(
+    tiles: int, config: Config, sums: torch.dtype, device: torch.device, parts: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Where the programs of a launch leave their partial sums, and the counters they count themselves in.
+
+    Args:
+        parts: of all tiles together; None where each has ``config.split_k``.
 
     Raises:
         ValueError: there are more tiles than counters.
     """
-    if config.split_k == 1:
+    parts = tiles * config.split_k if parts is None else parts
+    if parts <= tiles:
         return unused(device, sums), unused(device, torch.int32)
     if tiles > MAX_SPLIT_TILES:
         raise ValueError(f"{config} splits {tiles} tiles along K; at most {MAX_SPLIT_TILES} can be")
-    size = tiles * config.split_k * config.block_m * config.block_n
-    return torch.empty(size, dtype=sums, device=device), counters(device)
+    return torch.empty(parts * config.block_m * config.block_n, dtype=sums, device=device), counters(device)

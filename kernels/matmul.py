@@ -138,8 +138,9 @@ def _matmul_kernel(
     is_last = splits == 1
     if splits > 1:
         acc, is_last = share_partials(
-            acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N, AHEAD
-        )
+            acc, partial_ptr, counter_ptr, tile, tile.to(tl.int64) * splits, split, splits, M - pid_m * BLOCK_M,
+            BLOCK_M, BLOCK_N, AHEAD,
+        )  # fmt: skip
     if is_last:
         scale = scales[0] if GROUP is None and not FLOAT else None
         store_output(acc, y_ptr, scale, x_scale_ptr, bias_ptr, offs_n, offs_m, M, N, UNIT)

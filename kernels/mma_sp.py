@@ -174,8 +174,9 @@ def _mma_sp_kernel(
     is_last = splits == 1
     if splits > 1:
         acc, is_last = share_partials(
-            acc, partial_ptr, counter_ptr, tile, split, splits, M - pid_m * BLOCK_M, BLOCK_M, BLOCK_N
-        )
+            acc, partial_ptr, counter_ptr, tile, tile.to(tl.int64) * splits, split, splits, M - pid_m * BLOCK_M,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     if is_last:
         scale = None if GROUPED or FLOAT else tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0)
         store_output(acc, y_ptr, scale, None, bias_ptr, offs_n, offs_m, M, N, 1.0)

@@ -6,7 +6,9 @@
   ``[B, 64, 16]``: word ``i`` holds in nibble ``j`` the code of column ``16*j + i``. ``planar8`` ``[B, 64, 32]``: in
   byte ``j`` that of column ``32*j + i``. ``rows16`` ``[B, 64, 64]``: the bits of the floats.
 - scale: ``[B, 64]`` where a group is a row of a block, ``[rows of blocks, 64]`` per channel.
-- index: the rows of blocks, those with most blocks first, and then the index of the plain layout.
+- index: ``[3*R + 1 + 2*B]``. The R rows of blocks are ranked, those with most blocks first: ``order [R]``, which row it
+  is; ``starts [R]``, where its blocks begin; ``before [R+1]``, how many blocks the ranks before it have, and last all;
+  ``ranks [B]``, the rank of each block, counted by rank. Then the columns of the plain layout, in its own order.
 
 ``cpu`` is what :mod:`qlinear.cpu_blocks` reads: the blocks of the plain layout, in its order and with its index and
 scales, but transposed, so that the weights of one column follow each other:
@@ -55,15 +57,27 @@ def _to_triton(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
     words = codes if fmt.bits == 16 else pack_planes(codes.unflatten(2, (fmt.planes, -1)), fmt.bits)
     if per_channel(fmt):
         scale = F.pad(scale, (0, 0, 0, -n % size)).view(rows, size)
-    order = index[: rows + 1].diff().argsort(descending=True, stable=True).to(torch.int32)
-    return words.contiguous(), scale, torch.cat((order, index))
+    return words.contiguous(), scale, longest_first(index, rows)
+
+
+def longest_first(index: Tensor, rows: int) -> Tensor:
+    """The index of the layout ``triton`` from that of the plain one."""
+    starts, columns = index.split((rows + 1, len(index) - rows - 1))
+    counts = starts.diff()
+    order = counts.argsort(descending=True, stable=True)
+    counts = counts[order]
+    before = F.pad(counts.cumsum(0), (1, 0))
+    ranks = torch.arange(rows, device=index.device).repeat_interleave(counts, output_size=len(columns))
+    return torch.cat((order, starts[order], before, ranks, columns)).to(torch.int32)
 
 
 def _from_triton(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:
     weight, scale, index = tensors
+    rows, count = -(-n // size), len(weight)
     codes = weight if fmt.bits == 16 else unpack_planes(weight, fmt.bits).flatten(2)
     scale = scale.view(-1, 1)[:n].contiguous() if per_channel(fmt) else scale
-    return pack_bits(codes, fmt.bits), scale, index[-(-n // size) :].contiguous()
+    order, starts, before, _, columns = index.split((rows, rows, rows + 1, count, count))
+    return pack_bits(codes, fmt.bits), scale, torch.cat((starts[order.argsort()], before[-1:], columns))
 
 
 def _to_cpu(tensors: Tensors, fmt: Format, size: int, n: int) -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,15 @@ def coded_weight(fmt: Format, n: int, k: int, scale: Tensor, device: torch.devic
     zero = None if fmt.symmetric else (torch.arange(n * groups) % (fmt.max_code + 1)).view(n, groups).to(torch.uint8)
     packed = pack_codes(Codes(codes, scale.expand(n, groups).contiguous(), zero), fmt)
     return to_device(packed.to_layout("triton"), device)
+
+
+def rows_of_blocks(counts: Sequence[int], size: int = 64, columns: int = 11) -> Tensor:
+    """A weight whose rows of blocks have so many blocks, the last row and column of blocks cut short."""
+    weight = torch.randn(len(counts) * size - 20, columns * size - 30, generator=torch.Generator().manual_seed(4))
+    kept = torch.zeros(len(counts), columns, dtype=torch.bool)
+    for row, count in zip(kept, counts, strict=True):
+        row[torch.randperm(columns, generator=torch.Generator().manual_seed(count))[:count]] = True
+    return weight * kept.repeat_interleave(size, 0).repeat_interleave(size, 1)[: len(weight), : weight.shape[1]]
 
 
 def random_tokens(m: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DTYPES, error
+from helpers import DTYPES, error, rows_of_blocks
 from models import same_bits
 
 import qlinear
@@ -24,15 +24,6 @@ def every_way(request, monkeypatch):
         monkeypatch.setattr(cpu_blocks, "_ROW_THREADS", torch.get_num_threads())
     else:
         monkeypatch.setattr(cpu_blocks, "pairs_halves", lambda: False)
-
-
-def rows_of_blocks(counts, size=64, columns=11):
-    """A weight whose rows of blocks have so many blocks, the last row and column of blocks cut short."""
-    weight = torch.randn(len(counts) * size - 20, columns * size - 30, generator=torch.Generator().manual_seed(4))
-    kept = torch.zeros(len(counts), columns, dtype=torch.bool)
-    for row, count in zip(kept, counts, strict=True):
-        row[torch.randperm(columns, generator=torch.Generator().manual_seed(count))[:count]] = True
-    return weight * kept.repeat_interleave(size, 0).repeat_interleave(size, 1)[: len(weight), : weight.shape[1]]
 
 
 @every_block
