@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qlinear.kernels.search import Found, Gauge, Problem
     from qlinear.kernels.tuned import Table
 
-#: One for each bucket of tokens, and many: see :data:`qlinear.kernels.tile_table.M_BUCKETS`.
+#: Each is the most of its bucket, :data:`qlinear.kernels.tile_table.M_BUCKETS`, or stands for it; there are more.
 TOKENS = (1, 16, 64, 128, 256, 512, 1024)
 
 
