@@ -50,7 +50,7 @@ def demo(model: str | None, no_download: bool, seed: int, sparse: bool, picture:
 @click.argument("model", required=False)
 @click.option("--layer", "layers", multiple=True, metavar="NxK", help="out_features x in_features; may be repeated.")
 @click.option("--scheme", "schemes", multiple=True, help="For --layer and a float MODEL (default: w4a16); repeatable.")
-@click.option("--tokens", default="1,16,64,128,256", show_default=True, help="Separated by commas; each for its bucket.")
+@click.option("--tokens", default="1,16,64,128,256", show_default=True, help="By commas; each stands for its bucket.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of activations.")
 @click.option("--time-limit", default=300.0, show_default=True, callback=_seconds, help="In seconds.")
 @device_option("cuda", "The GPU to measure.")
