@@ -50,7 +50,7 @@ class Number(click.FloatRange):
         return number
 
 
-class Device(click.ParamType):  # type: ignore[type-arg]
+class Device(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
     """A device that is here to measure on."""
 
     name = "device"

@@ -172,8 +172,7 @@ def predict(
         density: the share of blocks that a block-sparse weight stores, the same in every row of blocks.
     """
     moved = traffic(problem, fmt, config, machine.capability, density)
-    tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
-    programs = tiles * config.split_k
+    programs = -(-problem.m // config.block_m) * -(-problem.n // config.block_n) * config.split_k
     per_sm = -(-programs // machine.sms)
     resident = min(blocks, per_sm)
     blocks_of_k = ceil(problem.k / fmt.block * density) if fmt.block else -(-problem.k // BLOCK_K)
@@ -185,8 +184,8 @@ def predict(
     times["l2"] = moved.l2 / machine.l2_bytes_per_s
     # The sum of issue and products is a wait only if it is more than either.
     bound = max(times, key=lambda name: (times[name], name != "wait"))
-    sums = min(problem.m, config.block_m) * config.block_n
-    seconds = times[bound] + adding_seconds(sums, config.split_k, tiles, machine)
+    tile = config.block_m, config.block_n
+    seconds = times[bound] + adding_seconds(problem.m, problem.n, *tile, config.split_k, machine)
     seconds += (ceil(per_sm / max(1, resident)) - 1) * LATENCY
     if fmt.quantized_activations:
         seconds += 3 * problem.m * problem.k / machine.stream_bytes_per_s

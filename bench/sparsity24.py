@@ -38,9 +38,7 @@ def fragment_seconds(kernel: Fragments, problem: Problem, machine: Machine) -> f
     tensor = weights * config.block_m / (2 * macs_per_clock(fmt, machine)) / machine.clock_hz
     moved = traffic(problem, fmt, config, machine.capability)
     least = max(issue, tensor, moved.memory / machine.stream_bytes_per_s, moved.l2 / machine.l2_bytes_per_s)
-    tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
-    sums = min(problem.m, config.block_m) * config.block_n
-    return least + adding_seconds(sums, config.split_k, tiles, machine)
+    return least + adding_seconds(m, n, config.block_m, config.block_n, config.split_k, machine)
 
 
 def rows(

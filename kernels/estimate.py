@@ -60,7 +60,10 @@ _EXPANDED = {4: 3.2, 8: 4.6, 16: 7.9}
 
 #: Whose figures stand for a capability; all others are taken for an L40S (no high-bandwidth memory, mma.sync).
 _STANDS_FOR: dict[Capability, str] = {
-    **{(8, 0): "A100", (9, 0): "H200", (10, 0): "B200", (10, 3): "B200"},
+    (8, 0): "A100",
+    (9, 0): "H200",
+    (10, 0): "B200",
+    (10, 3): "B200",
     # 304 times what each of an A100's processors can read is near to an MI300X's 5.3 TB/s.
     "gfx942": "A100",
 }
@@ -114,8 +117,7 @@ def kernel_seconds(
         (weight * tiles_m + x * tiles_n + partials + y) / _l2_bytes_per_s(machine),
     )
     waves = max(1, ceil(busiest / resident))
-    adding = adding_seconds(min(m, block_m) * block_n, split_k, tiles_m * tiles_n, machine)
-    return max(times) + (waves - 1) * LATENCY + adding
+    return max(times) + (waves - 1) * LATENCY + adding_seconds(m, n, block_m, block_n, split_k, machine)
 
 
 def vendor_seconds(m: int, n: int, k: int, machine: Machine) -> float:
@@ -131,7 +133,7 @@ def vendor_seconds(m: int, n: int, k: int, machine: Machine) -> float:
         tiles = -(-m // block_m) * -(-n // block_n)
         for split_k in range(1, max(1, min(2 * machine.sms // tiles, k // BLOCK_K)) + 1):
             weights = -(-tiles * split_k // machine.sms) * _part(k, split_k) * block_n
-            adding = adding_seconds(min(m, block_m) * block_n, split_k, tiles, machine)
+            adding = adding_seconds(m, n, block_m, block_n, split_k, machine)
             found.append(max(memory, weights * min(block_m, -(-m // 16) * 16) / macs_per_s) + adding)
     return min(found)
 
@@ -141,9 +143,10 @@ def _part(k: int, split_k: int) -> int:
     return -(-k // (BLOCK_K * split_k)) * BLOCK_K
 
 
-def adding_seconds(sums: int, split_k: int, tiles: int, machine: Machine) -> float:
-    """One program adds all parts of a tile of so many sums, while the others of the tile are done."""
-    added = 4 * sums * split_k if split_k > 1 else 0
+def adding_seconds(m: int, n: int, block_m: int, block_n: int, split_k: int, machine: Machine) -> float:
+    """One program adds all parts of a tile's sums, those of tokens that there are, while the tile's others are done."""
+    tiles = -(-m // block_m) * -(-n // block_n)
+    added = 4 * min(m, block_m) * block_n * split_k if split_k > 1 else 0
     rate = min(_SM_BYTES_PER_CLOCK * machine.clock_hz, _l2_bytes_per_s(machine) / min(tiles, machine.sms))
     return added / rate
 
@@ -163,7 +166,7 @@ def macs_per_s(fmt: Format, machine: Machine) -> float:
 def _slots(machine: Machine, block_m: int, block_n: int, fmt: Format) -> float:
     # Few tokens: about the same in every tile, and less than the way from memory, but for what expands 2:4.
     if block_m <= 16:
-        return _EXPANDED.get(fmt.bits, 0.0) if fmt.sparsity == "2:4" else 0.0
+        return _EXPANDED[fmt.bits] if fmt.sparsity == "2:4" else 0.0
     slots = SLOTS.get((machine.capability[0], block_m, block_n), SLOTS[8, 128, 128])
     if multiplies_bytes(fmt, machine.capability):
         return slots.channel8 if fmt.group_size is None else slots.grouped8

@@ -96,8 +96,8 @@ def neighbours(config: Config, problem: Problem, target: Target) -> list[Config]
         for split in (max(1, config.split_k * block_n // config.block_n), config.split_k):
             found.append(replace(config, block_n=block_n, num_warps=warps, split_k=split))
     found += [replace(config, num_stages=config.num_stages + step) for step in (-1, 1)]
-    k = config.split_k
-    found += [replace(config, split_k=max(1, split)) for split in (k // 2, k - 1, k + 1, k * 2, 1)]
+    now = config.split_k
+    found += [replace(config, split_k=max(1, split)) for split in (now // 2, now - 1, now + 1, now * 2, 1)]
     blocks = -(-problem.k // BLOCK_K)
     # The smallest split with as many blocks per program.
     found = [replace(c, split_k=-(-blocks // -(-blocks // min(c.split_k, blocks)))) for c in found]

@@ -265,7 +265,7 @@ def _build(config: dict[str, Any], folder: Path) -> nn.Module:
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", _OURS)}
     with init_empty_weights(include_buffers=False):
         # transformers' classes are found by name, so that no type is known.
-        return cls(cls.config_class.from_dict(plain))  # type: ignore[no-any-return]
+        return cls(cls.config_class.from_dict(plain))  # type: ignore[no-any-return]  # a class by name
 
 
 def _swap(model: nn.Module, quantization: dict[str, Any]) -> None:

@@ -95,9 +95,9 @@ def values_of(weight: Tensor) -> Tensor:
     made = _find(weight)
     if layout_of(weight) == "fbgemm":
         with _quiet():
-            return made.unpack()[0].int_repr()  # type: ignore[no-any-return]
+            return made.unpack()[0].int_repr()  # type: ignore[no-any-return]  # PyTorch has no annotation
     # `contiguous` leaves the strides of a single row as they are.
-    return made.to_dense().t().clone(memory_format=torch.contiguous_format)  # type: ignore[no-any-return]
+    return made.to_dense().t().clone(memory_format=torch.contiguous_format)  # type: ignore[no-any-return]  # PyTorch has no annotation
 
 
 def product(values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def product(values: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     Compiled code sees one operator, and fuses what is done to the tokens and to the product.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.qlinear.prepacked_product(values, weight, scale)  # type: ignore[no-any-return]
+        return torch.ops.qlinear.prepacked_product(values, weight, scale)  # type: ignore[no-any-return]  # PyTorch has no annotation
     return _product(values, weight, scale)
 
 

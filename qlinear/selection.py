@@ -62,6 +62,11 @@ def output_head(model: nn.Module) -> object:
         return None
 
 
+def head_names(model: nn.Module) -> list[str]:
+    """The first name of the output head where it is a linear layer: what leaves it out of a mapping."""
+    return [layer.name for layer in candidates(model) if layer.head]
+
+
 def candidates(model: nn.Module) -> list[Candidate]:
     """The linear layers of a model, each once, in order, with what stands against converting it."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}

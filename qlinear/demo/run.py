@@ -20,7 +20,7 @@ from qlinear.demo.text import TEXT_NAME, perplexity, sample_ids
 from qlinear.demo.twin import off_grid_twin
 from qlinear.demo.wheels import SourceError
 from qlinear.doctor import native_path, versions
-from qlinear.selection import candidates
+from qlinear.selection import head_names
 from qlinear.tables import human_bytes, table, write_json
 
 SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g32-asym")
@@ -155,8 +155,7 @@ class _Part:
 
 def _convert(model: Any, scheme: str) -> Any:
     """Converts every linear layer except the output head, which stays the same in all variants."""
-    names = [layer.name for layer in candidates(model) if layer.head]
-    return qlinear.convert(model, {**dict.fromkeys(names), "*": scheme}, progress=False)
+    return qlinear.convert(model, {**dict.fromkeys(head_names(model)), "*": scheme}, progress=False)
 
 
 def _measure(scheme: str, model: Any, job: _Job) -> _Part:

@@ -17,7 +17,7 @@ from qlinear.demo.subjects import Subject, encoder, language_model
 from qlinear.doctor import versions
 from qlinear.format import FORMATS
 from qlinear.pruning import METHODS
-from qlinear.selection import candidates
+from qlinear.selection import head_names
 from qlinear.tables import human_bytes, table, write_json
 
 #: The share of neurons that goes from the models that are timed.
@@ -166,8 +166,8 @@ def _pruned(subject: Subject, plan: Plan, method: str, scheme: str | None = None
 
 def _convert(subject: Subject, model: Any, scheme: str) -> Any:
     """Converts what was pruned; an output head was not, and stays in float in every scheme."""
-    heads = [layer.name for layer in candidates(model) if layer.head]
-    return qlinear.convert(model, {**dict.fromkeys([*subject.unused, *heads]), "*": scheme}, progress=False)
+    left = [*subject.unused, *head_names(model)]
+    return qlinear.convert(model, {**dict.fromkeys(left), "*": scheme}, progress=False)
 
 
 def _bytes(model: nn.Module, plan: Plan | None = None, scheme: str | None = None) -> int:
