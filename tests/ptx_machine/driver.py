@@ -163,8 +163,8 @@ def on_the_machine(
 ) -> Iterator[Driver]:
     """Lets the project's launchers run on CPU tensors as on a GPU of architecture ``arch``.
 
-    Triton must not interpret (TRITON_INTERPRET=0 before it is imported), and needs a TRITON_CACHE_DIR of its own: what
-    it keeps there as machine code is PTX.
+    Triton must not interpret: TRITON_INTERPRET=0 before it is imported. It keeps what it compiles in a folder beside
+    its own, because what it finds there as machine code is PTX.
     """
     driver = Driver(arch, schedule, edit)
     target = Target(capability(arch), _PROCESSORS.get(arch, 128))
@@ -187,7 +187,9 @@ def on_the_machine(
     torch.empty = remembered
     triton.runtime.driver.set_active(driver)
     try:
-        yield driver
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.dir = f"{triton.knobs.cache.dir}-ptx"
+            yield driver
     finally:
         # A launch that failed leaves its counters as they were.
         runtime._arenas.clear()

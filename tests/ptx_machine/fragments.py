@@ -11,8 +11,6 @@ import numpy as np
 from ptx_machine import arithmetic
 from ptx_machine.memory import Array, Fault
 
-_LANE = np.arange(32)
-GROUP, QUAD = _LANE >> 2, _LANE & 3
 #: Numbers of a 32-bit register.
 PACKED = {"f16": 2, "bf16": 2, "s8": 4, "e4m3": 4, "tf32": 1}
 
@@ -36,37 +34,36 @@ def unpack(register: Array, kind: str) -> Array:
 def left(registers: list[Array], kind: str) -> Array:
     """A ``[warps, 16, 8 * PACKED]`` of four registers: rows g and g + 8, then the same in the second half of K."""
     count = PACKED[kind]
-    matrix = np.empty((len(registers[0]) // 32, 16, 8 * count))
-    for i, register in enumerate(registers):
-        rows, columns = GROUP + 8 * (i % 2), QUAD[:, None] * count + np.arange(count) + 4 * count * (i // 2)
-        matrix[:, rows[:, None], columns] = unpack(register, kind).reshape(-1, 32, count)
-    return matrix
+    # [half of K, rows, warp, group, quad, number]
+    numbers = np.stack([unpack(r, kind) for r in registers]).reshape(2, 2, -1, 8, 4, count)
+    return numbers.transpose(2, 1, 3, 0, 4, 5).reshape(-1, 16, 8 * count)
 
 
 def right(registers: list[Array], kind: str) -> Array:
     """B ``[warps, 4 * PACKED * len(registers), 8]``."""
     count = PACKED[kind]
-    matrix = np.empty((len(registers[0]) // 32, 4 * count * len(registers), 8))
-    for i, register in enumerate(registers):
-        rows = QUAD[:, None] * count + np.arange(count) + 4 * count * i
-        matrix[:, rows, GROUP[:, None]] = unpack(register, kind).reshape(-1, 32, count)
-    return matrix
+    # [part of K, warp, group, quad, number]
+    numbers = np.stack([unpack(r, kind) for r in registers]).reshape(len(registers), -1, 8, 4, count)
+    return numbers.transpose(1, 0, 3, 4, 2).reshape(-1, 4 * count * len(registers), 8)
 
 
 def sums(registers: list[Array], integers: bool) -> Array:
-    """C ``[warps, 16, 8]`` of four registers of one number each (float32, or int32), in float64."""
-    matrix = np.empty((len(registers[0]) // 32, 16, 8))
-    for i, register in enumerate(registers):
-        numbers = register.view(np.int32 if integers else np.float32).astype(np.float64)
-        matrix[:, GROUP + 8 * (i // 2), 2 * QUAD + i % 2] = numbers.reshape(-1, 32)
-    return matrix
+    """C ``[warps, 16, n]`` in float64, of ``n / 2`` registers of one float32, or int32, each.
+
+    Register i has the rows g and g + 8, and the columns 8 (i // 4) + 2 q + i % 2.
+    """
+    numbers = np.stack(registers).view(np.int32 if integers else np.float32).astype(np.float64)
+    # [eight columns, rows, one of two columns, warp, group, quad]
+    parts = numbers.reshape(-1, 2, 2, numbers.shape[1] // 32, 8, 4)
+    return parts.transpose(3, 1, 4, 0, 5, 2).reshape(-1, 16, len(registers) * 2)
 
 
 def from_sums(matrix: Array, integers: bool) -> list[Array]:
-    """The four registers of :func:`sums`; integers saturate (PTX ISA, "mma", .satfinite)."""
+    """The registers of :func:`sums`; integers saturate (PTX ISA, "mma", .satfinite)."""
     matrix = np.clip(matrix, -(2**31), 2**31 - 1).astype(np.int32) if integers else matrix.astype(np.float32)
-    parts = [matrix[:, GROUP + 8 * (i // 2), 2 * QUAD + i % 2] for i in range(4)]
-    return [np.ascontiguousarray(part).reshape(-1).view(np.uint32) for part in parts]
+    columns = matrix.shape[2]
+    parts = matrix.reshape(-1, 2, 8, columns // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
+    return list(np.ascontiguousarray(parts).reshape(columns // 2, -1).view(np.uint32))
 
 
 @np.errstate(invalid="ignore", over="ignore")
@@ -77,9 +74,7 @@ def mma(kind: str, c: list[Array], a: list[Array], b: list[Array]) -> list[Array
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def mma_sp(
-    kind: str, c: list[Array], a: list[Array], b: list[Array], metadata: Array, selector: int
-) -> list[Array]:
+def mma_sp(kind: str, c: list[Array], a: list[Array], b: list[Array], metadata: Array, selector: int) -> list[Array]:
     """:func:`mma` of m16n8k32 with a 2:4 A: of every four columns two are stored, and 2 bits for the place of each.
 
     PTX ISA, "Matrix Fragments for sparse mma.m16n8k32" and "Sparse matrix storage". Of a row's four threads,

@@ -14,6 +14,7 @@ from ptx_machine.memory import Array, Fault
 SHARED_BASE = 1024
 #: Who must be followed by a fence.proxy.async before wgmma reads (PTX ISA, "Async Proxy").
 BY_THREADS, BY_COPIES = 1, 2
+_ONE_BY_ONE = np.arange(64)
 
 
 class SharedMemory:
@@ -65,13 +66,13 @@ class SharedMemory:
         outside = (offsets < 0) | (offsets + width > self.size)
         if outside.any():
             raise Fault(f"{what} of {width} bytes at shared {int(offsets[outside][0])}, of {self.size}")
-        return offsets[:, None] + np.arange(width)
+        return offsets[:, None] + _ONE_BY_ONE[:width]
 
     def load(self, addresses: Array, width: int, threads: Array, place: str) -> Array:
         """The bytes ``[threads, width]``; ``place`` tells the instruction."""
         index = self.index(addresses, width, "load")
         self._check_read(index, threads, place)
-        self.mark_read(index, threads // 32)
+        self._mark(self.readers, index, threads // 32)
         return self.data[index]
 
     def store(self, addresses: Array, values: Array, threads: Array) -> None:
@@ -84,7 +85,8 @@ class SharedMemory:
     def begin_copy(self, index: Array, threads: Array) -> None:
         """An asynchronous copy to the bytes ``[threads, width]`` is on its way."""
         self._check_write(index, threads)
-        if len(np.unique(index)) != index.size:
+        # Aligned, two of them are the same bytes or have none in common.
+        if len(np.unique(index[:, 0])) != len(index):
             raise Fault("cp.async writes a byte twice")
         self.pending[index] = True
 
@@ -111,15 +113,11 @@ class SharedMemory:
     def end_product(self, index: Array, warps: Array) -> None:
         """The warpgroup of these warps has waited for it; the others know that after their next barrier only."""
         self.being_read[index] -= 1
-        self.readers[index] |= np.bitwise_or.reduce(np.uint16(1) << warps.astype(np.uint16))
-
-    def mark_read(self, index: Array, warps: Array) -> None:
-        """Each row of ``index`` is read by a warp."""
-        self._mark(self.readers, index, warps)
+        self.readers[index] |= np.bitwise_or.reduce(_bits(warps))
 
     def _mark(self, bits: Array, index: Array, warps: Array) -> None:
-        for warp in np.unique(warps):
-            bits[index[warps == warp]] |= np.uint16(1 << int(warp))
+        """Each row of ``index`` is read, or written, by a warp."""
+        np.bitwise_or.at(bits, index.reshape(-1), np.repeat(_bits(warps), index.shape[1]))
 
     def _check_read(self, index: Array, threads: Array, place: str) -> None:
         if self.pending[index].any():
@@ -129,7 +127,7 @@ class SharedMemory:
         writers = self.writers[index]
         if writers.any():
             warps = threads // 32
-            if (writers & ~_bits(warps)).any():
+            if (writers & ~_bits(warps)[:, None]).any():
                 raise Fault("read of shared memory that another warp wrote, with no barrier between")
             mine = (writers != 0) & (self.writer[index] != threads[:, None])
             if (mine & (self.written_at[index] == self.synchronised[warps][:, None])).any():
@@ -140,7 +138,7 @@ class SharedMemory:
             raise Fault("write to shared memory that an asynchronous copy is about to write")
         if self.being_read[index].any():
             raise Fault("write to shared memory that a tensor core may still read")
-        others = ~_bits(threads // 32)
+        others = ~_bits(threads // 32)[:, None]
         if (self.readers[index] & others).any():
             raise Fault("write to shared memory that another warp reads, with no barrier between")
         if (self.writers[index] & others).any():
@@ -156,5 +154,5 @@ class SharedMemory:
 
 
 def _bits(warps: Array) -> Array:
-    """A column with each warp's bit."""
-    return (np.uint16(1) << warps.astype(np.uint16))[:, None]
+    """Each warp's bit."""
+    return np.uint16(1) << warps.astype(np.uint16)

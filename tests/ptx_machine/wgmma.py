@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptx_machine.fragments import GROUP, PACKED, QUAD, left, unpack
+from ptx_machine.fragments import PACKED, from_sums, left, sums, unpack
 from ptx_machine.memory import Array, Fault
 from ptx_machine.parse import Instruction, Register
 from ptx_machine.translate import Unknown
@@ -189,7 +189,7 @@ class Wgmma:
     def _add(
         self, d: list[Register], tiles: Array, scale: Array, integers: bool, used: list[tuple[Register, Array]]
     ) -> None:
-        """Puts ``[warps, 16, n]`` upon the old sums: register i has rows g and g + 8, columns 8 (i // 4) + 2 q + i % 2.
+        """Puts ``[warps, 16, n]`` upon the old sums.
 
         Products that follow each other in the same accumulators need no wait and no fence between them.
         """
@@ -201,20 +201,17 @@ class Wgmma:
                 raise Fault("wgmma: accumulators overlap")
         else:
             old = [self.strand.R[i] for i in indices]
-            if any(array is None for array in old):
+            if scale.any() and any(array is None for array in old):
                 raise Fault("wgmma: an accumulator is not there yet, or never was")
             registers += zip(d, old, strict=True)
         if self.fenced is None:
             raise Fault("wgmma without wgmma.fence")
         if any(self.fenced[register.index] is not array for register, array in registers):
             raise Fault("wgmma: a register was written after the last wgmma.fence")
-        new = []
-        kind: Any = np.int32 if integers else np.float32
-        for i, array in enumerate(old):
-            numbers = tiles[:, GROUP + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * QUAD + i % 2].reshape(-1)
-            if scale.any():
-                numbers = numbers + np.where(scale, array.view(kind).astype(np.float64), 0.0)
-            new.append(numbers.astype(kind).view(np.uint32))
+        if scale.any():
+            added = np.where(scale, np.stack(old).view(np.int32 if integers else np.float32), 0)
+            tiles = tiles + sums(list(added.view(np.uint32)), integers)
+        new = from_sums(tiles, integers)
         self.sums[indices[0]] = indices, new
         # Nobody may look at them before they are waited for.
         for index in indices:

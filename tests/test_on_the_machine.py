@@ -1,0 +1,169 @@
+"""What Triton compiles for a GPU, executed by the PTX machine and compared with float64: every format, every kernel.
+
+One launch each through the project's own operators, with tokens, rows and columns that leave tiles, groups and blocks
+ragged, more blocks along K than a pipeline has stages, and K in parts whose programs take turns at their atomics.
+Run as a program this file is the worker, which is asked for jobs by their index (see :mod:`bench.workers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from asked import answers
+from helpers import DTYPES, dtype_id, error, random_tokens
+from models import random_packed
+
+from bench.workers import answer
+from qlinear import ops, reference
+from qlinear.format import FORMATS, ROUNDED, Format
+from qlinear.layout import native_layout
+
+ARCHITECTURES = (80, 90)
+#: Multiplies e4m3, but not by warpgroups.
+FLOAT8 = 89
+#: (tokens, in_features): a tile each of 8, 16 and 64 tokens; K in parts or whole; whole blocks or not.
+SHAPES = ((1, 1320), (16, 1280), (33, 808))
+ROWS = 71
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call of a kernel's launcher: ``product`` (by the layout ``mma.sp`` where it says so), or one beside it."""
+
+    kernel: str
+    arch: int
+    dtype: torch.dtype
+    fmt: Format | None = None
+    m: int = 5
+    k: int = 808
+
+    def __str__(self) -> str:
+        parts = [self.kernel, f"sm_{self.arch}", self.fmt, dtype_id(self.dtype), f"{self.m}x{ROWS}x{self.k}"]
+        return "-".join(str(part) for part in parts if part is not None)
+
+
+def jobs() -> list[tuple[Job, bool]]:
+    """All, and whether `--every-kernel` is needed for it."""
+    found: list[tuple[Job, bool]] = []
+
+    def add(kernel: str, arch: int, dtype: torch.dtype, fmt: Format, turn: int) -> None:
+        few = SHAPES[:2] if kernel == "mma.sp" else SHAPES
+        for i, (m, k) in enumerate(few):
+            found.append((Job(kernel, arch, dtype, fmt, m, k), i != turn % len(few)))
+
+    for a, arch in enumerate((*ARCHITECTURES, FLOAT8)):
+        for d, dtype in enumerate(DTYPES):
+            for f, fmt in enumerate(FORMATS.values()):
+                if arch != FLOAT8 or fmt.number == "e4m3":
+                    add("product", arch, dtype, fmt, a + d + f)
+                if arch != FLOAT8 and fmt.sparsity == "2:4" and dtype != torch.float32:
+                    add("mma.sp", arch, dtype, fmt, a + d + f)
+    for a, arch in enumerate(ARCHITECTURES):
+        for d, dtype in enumerate(DTYPES):
+            # Blocks are dequantized by torch.
+            for f, fmt in enumerate(fmt for fmt in FORMATS.values() if not fmt.block):
+                found.append((Job("dequantize", arch, dtype, fmt, k=328), (a + d + f) % 6 != 0))
+            for kernel in ("quantize int", "quantize e4m3", "rms_norm_quantize int", "rms_norm_quantize e4m3"):
+                found.append((Job(kernel, arch, dtype), False))
+    return found
+
+
+JOBS = jobs()
+
+
+def parameters() -> list[Any]:
+    marks = [(pytest.mark.every_kernel,) if rare else () for _, rare in JOBS]
+    return [pytest.param(i, marks=marks[i], id=str(job)) for i, (job, _) in enumerate(JOBS)]
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> dict[int, dict[str, Any]]:
+    """Of all jobs that were selected, at the first use."""
+    return answers(request, __file__, lambda index: JOBS[index][0].k)
+
+
+@pytest.mark.parametrize("index", parameters())
+def test_compiled_code_agrees_with_float64(index: int, results: dict[int, dict[str, Any]]) -> None:
+    result, (job, _) = results[index], JOBS[index]
+    assert "error" not in result, result["error"]
+    assert result["difference"] <= result["bound"]
+    assert result["architectures"] == [job.arch] * len(result["kernels"]) and result["kernels"]
+    if job.kernel in ("product", "mma.sp"):
+        assert result["multiplies"]
+
+
+# --- the worker ------------------------------------------------------------------------------------------------------
+
+
+def run(index: int) -> dict[str, Any]:
+    from ptx_machine.driver import on_the_machine
+    from ptx_machine.machine import Schedule
+
+    job, _ = JOBS[index]
+    call = prepare(job)
+    with on_the_machine(job.arch, Schedule(programs="mixed", seed=index)) as driver:
+        difference, bound = call()
+    texts = driver.texts
+    return {
+        "difference": difference,
+        "bound": bound,
+        "kernels": [launch.kernel for launch in driver.launches],
+        "architectures": [int(text.split(".target sm_")[1][:2]) for text in texts],
+        "multiplies": any("mma" in text for text in texts),
+        "instructions": sum(launch.instructions for launch in driver.launches),
+        "seconds": sum(launch.seconds for launch in driver.launches),
+        "notes": sorted({note for launch in driver.launches for note in launch.notes}),
+    }
+
+
+def prepare(job: Job) -> Callable[[], tuple[float, float]]:
+    """A call that returns how far a kernel's result is from float64, and how far it may be."""
+    cpu = torch.device("cpu")
+    if job.fmt is None:
+        return lambda: quantized(job)
+    packed = random_packed(job.fmt, ROWS, job.k, job.dtype)
+    packed = packed.to_layout("mma.sp" if job.kernel == "mma.sp" else native_layout(torch.device("cuda")))
+    if job.kernel == "dequantize":
+        return lambda: (float(not torch.equal(ops._dequantize_cuda(packed, job.dtype), packed.dequantize(job.dtype))), 0.0)
+    x, bias = random_tokens(job.m, job.k, job.dtype, cpu), torch.linspace(-3, 3, ROWS).to(job.dtype)
+
+    def product() -> tuple[float, float]:
+        y = ops._linear_cuda(x, packed, bias, None)
+        return error(y, reference.matmul(x, packed, bias)), job.fmt.max_error(job.dtype)
+
+    return product
+
+
+def quantized(job: Job) -> tuple[float, float]:
+    """Tokens rounded to 8 bits: how many differ from those that torch rounds, or how far their scales are off."""
+    from qlinear.kernels.activations import quantize_activations, rms_norm_quantize
+
+    kernel, number = job.kernel.split()
+    x = random_tokens(job.m, job.k, job.dtype, torch.device("cpu"))
+    gain = random_tokens(1, job.k, job.dtype, torch.device("cpu"))[0]
+    if kernel == "quantize":
+        (q, scale), values, rms = quantize_activations(x, number), x.float(), 1.0
+    else:
+        (q, scale), values = rms_norm_quantize(x, gain, 1e-5, number), x.float() * gain.float()
+        rms = (x.double().square().mean(1) + 1e-5).sqrt()
+    dtype, levels = ROUNDED[number]
+    largest = values.abs().amax(1, keepdim=True)
+    wanted = values * torch.div(torch.tensor(levels), largest)
+    wanted = wanted.round().to(dtype) if number == "int" else wanted.to(dtype)
+    differing = int((q.float() != wanted.float()).sum())
+    return differing + error(scale, (largest / levels).squeeze(1).double() / rms), 1e-6
+
+
+if __name__ == "__main__":
+    import qlinear.kernels.activations
+    import qlinear.kernels.bitmap
+    import qlinear.kernels.blocks
+    import qlinear.kernels.dequantize
+    import qlinear.kernels.mma_sp
+
+    torch.set_num_threads(1)
+    answer(run)
