@@ -1,9 +1,13 @@
-"""Where there is no GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported."""
+"""Where there is no GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported.
+
+With ``--on-the-machine`` they are compiled for a GPU instead, and the PTX machine executes them.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,27 @@ import torch
 
 # The tests' products are tiny: a second thread costs more to wake than it saves, four times as much on a busy machine.
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    """What the kernels run on: the GPU, or the CPU through the interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """What the kernels run on: the GPU, or the CPU through the interpreter or the PTX machine."""
+    on_gpu = torch.cuda.is_available() and not request.config.getoption("on_the_machine")
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def on_the_machine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs what a test launches on the PTX machine, where that was asked for."""
+    arch = request.config.getoption("on_the_machine")
+    if not arch:
+        yield
+        return
+    from ptx_machine.driver import on_the_machine as machine
+    from ptx_machine.machine import Schedule
+
+    with machine(arch, Schedule("mixed", "random", seed=1)):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +61,11 @@ def fresh_compiler() -> None:
 
 
 @pytest.fixture
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """torch.empty returns NaN (or a large integer): what a kernel does not write is seen."""
+    # The PTX machine knows by itself what nobody has written.
+    if request.config.getoption("on_the_machine"):
+        return
     empty = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -57,6 +77,14 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-kernel", action="store_true", help="Compile all that ships, not a sample: minutes more.")
+    parser.addoption(
+        "--on-the-machine",
+        type=int,
+        choices=(80, 89, 90),
+        metavar="ARCH",
+        help="Run the kernels' tests, and no others, on what is compiled for sm_ARCH (80, 89 or 90): the PTX machine "
+        "in tests/ptx_machine executes it. 10 minutes or so, no GPU needed.",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -76,15 +104,23 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("on_the_machine"):
+        os.environ["TRITON_INTERPRET"] = "0"
+    elif not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     config.addinivalue_line("markers", "every_kernel: runs with --every-kernel only")
     config.addinivalue_line("markers", "compiled: needs the result of a compilation that tests/test_compile.py makes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU where there is none; leaves out the kernels that were not asked for."""
+    """Skips what needs a GPU where there is none; leaves out the kernels, or the tests, that were not asked for."""
     if not config.getoption("every_kernel"):
         rest = [item for item in items if item.get_closest_marker("every_kernel")]
         items[:] = [item for item in items if not item.get_closest_marker("every_kernel")]
+        config.hook.pytest_deselected(items=rest)
+    if config.getoption("on_the_machine"):
+        rest = [item for item in items if "device" not in item.fixturenames]
+        items[:] = [item for item in items if "device" in item.fixturenames]
         config.hook.pytest_deselected(items=rest)
     if not torch.cuda.is_available():
         for item in items:

@@ -1,13 +1,14 @@
 """What Triton compiles for a GPU, executed by the PTX machine and compared with float64: every format, every kernel.
 
 One launch each through the project's own operators, with tokens, rows and columns that leave tiles, groups and blocks
-ragged, more blocks along K than a pipeline has stages, and K in parts whose programs take turns at their atomics.
+ragged, more blocks along K than a pipeline has stages, and K in parts whose programs take turns at their atomics. The
+tiles of 8 warps are run with their warpgroups apart, too: each as far as it gets before the other, either first.
 Run as a program this file is the worker, which is asked for jobs by their index (see :mod:`bench.workers`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from models import random_packed
 from bench.workers import answer
 from qlinear import ops, reference
 from qlinear.format import FORMATS, ROUNDED, Format
+from qlinear.kernels.configs import Config, shipped_configs
 from qlinear.layout import native_layout
 
 ARCHITECTURES = (80, 90)
@@ -32,7 +34,7 @@ ROWS = 71
 
 @dataclass(frozen=True)
 class Job:
-    """A call of a kernel's launcher: ``product`` (by the layout ``mma.sp`` where it says so), or one beside it."""
+    """A call of a kernel's launcher: ``product``, by the layout ``mma.sp``, in a given ``tile``, or one beside it."""
 
     kernel: str
     arch: int
@@ -40,10 +42,15 @@ class Job:
     fmt: Format | None = None
     m: int = 5
     k: int = 808
+    config: Config | None = None
+
+    @property
+    def n(self) -> int:
+        return ROWS if self.config is None else self.config.block_n - 7
 
     def __str__(self) -> str:
-        parts = [self.kernel, f"sm_{self.arch}", self.fmt, dtype_id(self.dtype), f"{self.m}x{ROWS}x{self.k}"]
-        return "-".join(str(part) for part in parts if part is not None)
+        parts = [self.kernel, f"sm_{self.arch}", self.fmt, dtype_id(self.dtype), self.config]
+        return "-".join(str(part) for part in (*parts, f"{self.m}x{self.n}x{self.k}") if part is not None)
 
 
 def jobs() -> list[tuple[Job, bool]]:
@@ -69,7 +76,17 @@ def jobs() -> list[tuple[Job, bool]]:
                 found.append((Job("dequantize", arch, dtype, fmt, k=328), (a + d + f) % 6 != 0))
             for kernel in ("quantize int", "quantize e4m3", "rms_norm_quantize int", "rms_norm_quantize e4m3"):
                 found.append((Job(kernel, arch, dtype), False))
-    return found
+    return found + [(job, i % 5 != 0) for i, job in enumerate(two_warpgroups())]
+
+
+def two_warpgroups() -> Iterator[Job]:
+    """Every tile of 8 warps that ships for sm_90, of the loop that has wgmma."""
+    for f, fmt in enumerate(fmt for fmt in FORMATS.values() if fmt.sparsity in (None, "2:4")):
+        for dtype in DTYPES:
+            for i, config in enumerate(shipped_configs(fmt, dtype, (9, 0))):
+                if config.num_warps == 8:
+                    # Where K is whole blocks, two products are under way at a time.
+                    yield Job("tile", 90, dtype, fmt, config.block_m - 3, (768, 808)[(f + i) % 2], config)
 
 
 JOBS = jobs()
@@ -92,7 +109,7 @@ def test_compiled_code_agrees_with_float64(index: int, results: dict[int, dict[s
     assert "error" not in result, result["error"]
     assert result["difference"] <= result["bound"]
     assert result["architectures"] == [job.arch] * len(result["kernels"]) and result["kernels"]
-    if job.kernel in ("product", "mma.sp"):
+    if job.kernel in ("product", "mma.sp", "tile"):
         assert result["multiplies"]
 
 
@@ -104,20 +121,23 @@ def run(index: int) -> dict[str, Any]:
     from ptx_machine.machine import Schedule
 
     job, _ = JOBS[index]
-    call = prepare(job)
-    with on_the_machine(job.arch, Schedule(programs="mixed", seed=index)) as driver:
-        difference, bound = call()
-    texts = driver.texts
-    return {
-        "difference": difference,
-        "bound": bound,
-        "kernels": [launch.kernel for launch in driver.launches],
-        "architectures": [int(text.split(".target sm_")[1][:2]) for text in texts],
-        "multiplies": any("mma" in text for text in texts),
-        "instructions": sum(launch.instructions for launch in driver.launches),
-        "seconds": sum(launch.seconds for launch in driver.launches),
-        "notes": sorted({note for launch in driver.launches for note in launch.notes}),
-    }
+    results: list[dict[str, Any]] = []
+    for warpgroups in ("forward", "backward") if job.kernel == "tile" else ("random",):
+        with on_the_machine(job.arch, Schedule("mixed", warpgroups, seed=index)) as driver:
+            difference, bound = prepare(job)()
+        results.append(
+            {
+                "difference": difference,
+                "bound": bound,
+                "kernels": [launch.kernel for launch in driver.launches],
+                "architectures": [int(text.split(".target sm_")[1][:2]) for text in driver.texts],
+                "multiplies": any("mma" in text for text in driver.texts),
+                "notes": sorted({note for launch in driver.launches for note in launch.notes}),
+            }
+        )
+    # All that can be told from outside is the same.
+    assert all(result == results[0] for result in results), results
+    return results[0]
 
 
 def prepare(job: Job) -> Callable[[], tuple[float, float]]:
@@ -125,14 +145,16 @@ def prepare(job: Job) -> Callable[[], tuple[float, float]]:
     cpu = torch.device("cpu")
     if job.fmt is None:
         return lambda: quantized(job)
-    packed = random_packed(job.fmt, ROWS, job.k, job.dtype)
+    packed = random_packed(job.fmt, job.n, job.k, job.dtype)
     packed = packed.to_layout("mma.sp" if job.kernel == "mma.sp" else native_layout(torch.device("cuda")))
     if job.kernel == "dequantize":
         return lambda: (float(not torch.equal(ops._dequantize_cuda(packed, job.dtype), packed.dequantize(job.dtype))), 0.0)
-    x, bias = random_tokens(job.m, job.k, job.dtype, cpu), torch.linspace(-3, 3, ROWS).to(job.dtype)
+    x, bias = random_tokens(job.m, job.k, job.dtype, cpu), torch.linspace(-3, 3, job.n).to(job.dtype)
 
     def product() -> tuple[float, float]:
-        y = ops._linear_cuda(x, packed, bias, None)
+        from qlinear.kernels.matmul import matmul
+
+        y = ops._linear_cuda(x, packed, bias, None) if job.config is None else matmul(x, packed, bias, job.config)
         return error(y, reference.matmul(x, packed, bias)), job.fmt.max_error(job.dtype)
 
     return product
@@ -159,11 +181,5 @@ def quantized(job: Job) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    import qlinear.kernels.activations
-    import qlinear.kernels.bitmap
-    import qlinear.kernels.blocks
-    import qlinear.kernels.dequantize
-    import qlinear.kernels.mma_sp
-
     torch.set_num_threads(1)
     answer(run)

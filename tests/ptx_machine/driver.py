@@ -6,6 +6,8 @@ The project's launchers run unchanged; Triton specialises, compiles and caches a
 from __future__ import annotations
 
 import ctypes
+import importlib
+import pkgutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,8 @@ from triton.backends.nvidia.compiler import CUDABackend
 from ptx_machine.machine import Machine, Schedule
 from ptx_machine.memory import Array, GlobalMemory
 from ptx_machine.parse import parse
+
+import qlinear.kernels
 from qlinear.kernels import runtime
 from qlinear.kernels.configs import shared_bytes
 from qlinear.kernels.runtime import Target
@@ -166,6 +170,8 @@ def on_the_machine(
     Triton must not interpret: TRITON_INTERPRET=0 before it is imported. It keeps what it compiles in a folder beside
     its own, because what it finds there as machine code is PTX.
     """
+    for name in (module.name for module in pkgutil.iter_modules(qlinear.kernels.__path__)):
+        importlib.import_module(f"qlinear.kernels.{name}")
     driver = Driver(arch, schedule, edit)
     target = Target(capability(arch), _PROCESSORS.get(arch, 128))
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("qlinear") and hasattr(m, "target_of")]
