@@ -112,7 +112,7 @@ def _join(low: Array, high: Array) -> Array:
 def permute(a: Array, b: Array, selector: Array) -> Array:
     """PTX ISA, prmt: byte i is the byte of (b, a) that nibble i names; its top bit asks for that byte's sign."""
     nibbles = (selector >> _NIBBLES) & u4(15)
-    chosen = (_join(a, b) >> ((nibbles & u4(7)) << u4(3)).astype(u8)).astype(u1)
+    chosen: Array = (_join(a, b) >> ((nibbles & u4(7)) << u4(3)).astype(u8)).astype(u1)
     # A signed shift by 7 leaves the sign alone.
     chosen = chosen.view(i1) >> ((nibbles >> u4(3)) * u4(7)).astype(i1)
     return np.ascontiguousarray(chosen.T).view(u4).reshape(-1)
