@@ -19,7 +19,7 @@ class Elementwise:
     """Instructions that follow each other and touch nothing but registers of their own thread."""
 
     def __init__(self, translator: Translator, instructions: list[Instruction]) -> None:
-        self._translator, self._instructions = translator, instructions
+        self._translator, self.instructions = translator, instructions
         self._name = f"<ptx {next(_NUMBER)}>"
         #: Of each line of the function the instruction it is of; the first line is its head.
         self._sources: list[Instruction] = []
@@ -28,7 +28,7 @@ class Elementwise:
         self._function(False)
 
     def __len__(self) -> int:
-        return len(self._instructions)
+        return len(self.instructions)
 
     def run(self, registers: list[Any], mask: Array | None) -> None:
         """Executes them in the threads of ``mask``; None: in all."""
@@ -37,7 +37,7 @@ class Elementwise:
     def at(self, error: BaseException) -> Instruction:
         """The instruction that an error came from."""
         trace: TracebackType | None = error.__traceback__
-        found = self._instructions[0]
+        found = self.instructions[0]
         while trace is not None:
             if trace.tb_frame.f_code.co_filename == self._name:
                 found = self._sources[trace.tb_lineno - 1]
@@ -46,8 +46,8 @@ class Elementwise:
 
     def _function(self, masked: bool) -> _Function:
         if masked not in self._made:
-            lines, sources = ["def run(R, mask):"], [self._instructions[0]]
-            for ins in self._instructions:
+            lines, sources = ["def run(R, mask):"], [self.instructions[0]]
+            for ins in self.instructions:
                 for line in self._translator.lines(ins, masked):
                     lines.append("    " + line)
                     sources.append(ins)

@@ -31,11 +31,13 @@ class Schedule:
             next atomic, in turns.
         warpgroups: ``together``: all threads of a program in step. ``forward``, ``backward``: each warpgroup as far as
             it gets before the next runs; ``random``: a block of instructions at a time.
+        apart: threads that go in step where not all do; fewer than a warpgroup for code without wgmma only.
     """
 
     programs: str = "forward"
     warpgroups: str = "together"
     seed: int = 0
+    apart: int = WARPGROUP
 
 
 @dataclass
@@ -57,6 +59,8 @@ class Code:
         self.symbols = {"global_smem": SHARED_BASE}
         self._translator = Translator(width, self.symbols)
         self.blocks: list[Block] = []
+        #: Those that a thread has come to.
+        self.visited: set[int] = set()
         #: The block that an instruction begins.
         self._block_at: dict[int, int] = {}
         self._cut()
@@ -139,9 +143,10 @@ class Cta:
         self.notes |= {f"within a warp, {place}" for place in self.shared.within_warp}
 
     def _barrier(self, waiting: list[Strand], strands: int) -> None:
-        if len(waiting) < strands or len({strand.place for strand in waiting}) > 1:
+        places = {strand.place for strand in waiting}
+        if len(waiting) < strands or len(places) > 1:
             raise Fault(f"some warpgroups are not at the barrier that the others wait at; program {self.place}")
-        self.shared.barrier()
+        self.shared.barrier(places.pop())
         self.order.barrier()
 
 
@@ -150,7 +155,8 @@ class Machine:
 
     def __init__(self, program: Program, shared: int) -> None:
         self.program, self.shared = program, shared
-        self._codes: dict[int, Code] = {}
+        #: By the threads that go in step.
+        self.codes: dict[int, Code] = {}
 
     def launch(
         self, grid: tuple[int, int, int], parameters: list[int], memory: GlobalMemory, schedule: Schedule,
@@ -162,10 +168,10 @@ class Machine:
             Fault: a program did what is undefined; the message names the instruction and the line of the kernel.
         """
         threads = self.program.threads
-        width = threads if schedule.warpgroups == "together" else min(threads, WARPGROUP)
-        if width not in self._codes:
-            self._codes[width] = Code(self.program, self.shared, width)
-        code = self._codes[width]
+        width = threads if schedule.warpgroups == "together" else min(threads, schedule.apart)
+        if width not in self.codes:
+            self.codes[width] = Code(self.program, self.shared, width)
+        code = self.codes[width]
         values = {name: value for (name, _), value in zip(self.program.parameters, parameters, strict=True)}
         places = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         released: dict[int, dict[int, int]] = {}

@@ -42,8 +42,8 @@ class SharedMemory:
         #: What is no fault on a GPU of today but relies on the threads of a warp going together.
         self.within_warp: set[str] = set()
 
-    def barrier(self) -> None:
-        """All threads of the program have met (PTX ISA, "bar.sync")."""
+    def barrier(self, place: int) -> None:
+        """All threads of the program have met (PTX ISA, "bar.sync") before block ``place`` of the code."""
         self.readers[:] = 0
         self.writers[:] = 0
         self.synchronised += 1

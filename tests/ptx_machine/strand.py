@@ -88,6 +88,7 @@ class Strand:
                 gone |= mask
                 continue
             block = blocks[number]
+            self.cta.code.visited.add(number)
             if block.atomic:
                 yield Event.ATOMIC
             self._execute(block, None if mask.all() else mask)

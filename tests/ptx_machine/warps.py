@@ -143,7 +143,7 @@ def _barrier(ins: Instruction) -> Effect:
         strand.shared.warp_barrier(np.unique(strand.threads // 32))
         if strand.cta.code.program.threads == 32:
             # They are all of the program's threads.
-            strand.shared.barrier()
+            strand.shared.barrier(-1)
             strand.order.barrier()
 
     return step
