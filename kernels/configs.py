@@ -52,14 +52,17 @@ class Config:
 
         Joined, Triton lays tokens out as for numbers of 8 bits: of the two registers that ``mma.sync`` takes of them
         each has to be moved beside the other, for every product. Apart, w4a16 takes 10 % fewer instructions for 8
-        tokens on sm_90, 20 % for 16 on sm_80 and 60 % for 128. What expands 2:4 weights gains from it from 64 tokens
-        on. The product of a whole warpgroup reads tokens from shared memory; one has one wait, four have three.
+        tokens on sm_90, 20 % for 16 on sm_80 and 60 % for 128. From 64 tokens on what expands 2:4 weights
+        gains by that too, but not symmetric int4: its scales are carried along, and all that was expanded would have
+        to change threads for their layout. The product of a whole warpgroup reads tokens from shared memory; one has
+        one wait, four have three.
         """
         if isinstance(capability, str) or dtype == torch.float32:
             return True
         if capability[0] in (9, 10) and self.num_warps >= 4 and self.block_m >= 16:
             return True
-        return fmt.sparsity == "2:4" and (self.block_m <= 16 or capability[0] in (9, 10))
+        together = self.block_m <= 16 or capability[0] in (9, 10) or (fmt.bits == 4 and fmt.symmetric)
+        return fmt.sparsity == "2:4" and together
 
     def parts_ahead(self, capability: Capability) -> int:
         """Parts of K that are read at a time when they are added: on sm_90 as many as 64 registers hold.
