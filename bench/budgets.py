@@ -57,7 +57,7 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-2:4": Slots(2.97, 3.23),
         "w4a16-asym-2:4": Slots(3.11, 3.37),
         "w8a16-2:4": Slots(3.85, 4.63),
-        "w16a16-2:4": Slots(7.94, 7.94),
+        "w16a16-2:4": Slots(5.33, 5.33),
     },
     "sm_80": {
         "w8a8": Slots(0.74, 0.74),
@@ -85,7 +85,7 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-2:4": Slots(3.75, 4.03),
         "w4a16-asym-2:4": Slots(3.81, 4.16),
         "w8a16-2:4": Slots(4.52, 5.38),
-        "w16a16-2:4": Slots(7.83, 7.83),
+        "w16a16-2:4": Slots(5.71, 5.71),
     },
     "sm_89": {
         "w8a8": Slots(0.63, 0.63),
@@ -113,7 +113,7 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-2:4": Slots(3.76, 4.00),
         "w4a16-asym-2:4": Slots(3.81, 4.16),
         "w8a16-2:4": Slots(4.63, 5.30),
-        "w16a16-2:4": Slots(7.94, 7.94),
+        "w16a16-2:4": Slots(5.58, 5.58),
     },
     "sm_100": {
         "w8a8": Slots(0.69, 0.69),
@@ -141,7 +141,7 @@ SLOTS: dict[str, dict[str, Slots]] = {
         "w4a16-2:4": Slots(3.41, 3.65),
         "w4a16-asym-2:4": Slots(3.42, 3.68),
         "w8a16-2:4": Slots(4.11, 4.94),
-        "w16a16-2:4": Slots(7.90, 7.90),
+        "w16a16-2:4": Slots(5.33, 5.33),
     },
 }
 #: Of the integer pipe per int4 weight: it takes half as many instructions a clock as are issued, 3.5 / 2 = 1.75.

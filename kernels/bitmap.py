@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlinear.format import Format
 from qlinear.kernels.checks import check_bitmap
-from qlinear.kernels.configs import Config
+from qlinear.kernels.configs import Config, no_empty_part
 from qlinear.kernels.dequantize import linear_in_slices
 from qlinear.kernels.epilogue import share_partials, split_buffers, store_output
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, aligned, device_guard, target_of
@@ -207,8 +207,8 @@ def bitmap_config(m: int, n: int, k: int, dtype: torch.dtype, target: Target) ->
     block_m = 64 if m > 16 and dtype != torch.float32 else 16
     tiles, blocks = -(-n // _ROWS) * -(-m // block_m), -(-k // step_columns(dtype))
     split = 1
-    if tiles <= MAX_SPLIT_TILES:
-        split = max(1, min(target.num_sms * _PROGRAMS // tiles, blocks // _MIN_TILES))
+    if tiles <= MAX_SPLIT_TILES and blocks >= _MIN_TILES:
+        split = no_empty_part(blocks, max(1, min(target.num_sms * _PROGRAMS // tiles, blocks // _MIN_TILES)))
     return Config(block_m, _ROWS, 4, 2, split)
 
 

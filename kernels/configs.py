@@ -52,14 +52,17 @@ class Config:
 
         Joined, Triton lays tokens out as for numbers of 8 bits: of the two registers that ``mma.sync`` takes of them
         each has to be moved beside the other, for every product. Apart, w4a16 takes 10 % fewer instructions for 8
-        tokens on sm_90, 20 % for 16 on sm_80 and 60 % for 128. What expands 2:4 weights gains from it from 64 tokens
-        on. The product of a whole warpgroup reads tokens from shared memory; one has one wait, four have three.
+        tokens on sm_90, 20 % for 16 on sm_80 and 60 % for 128. From 64 tokens on what expands 2:4 weights
+        gains by that too, but not symmetric int4: its scales are carried along, and all that was expanded would have
+        to change threads for their layout. The product of a whole warpgroup reads tokens from shared memory; one has
+        one wait, four have three.
         """
         if isinstance(capability, str) or dtype == torch.float32:
             return True
         if capability[0] in (9, 10) and self.num_warps >= 4 and self.block_m >= 16:
             return True
-        return fmt.sparsity == "2:4" and (self.block_m <= 16 or capability[0] in (9, 10))
+        together = self.block_m <= 16 or capability[0] in (9, 10) or (fmt.bits == 4 and fmt.symmetric)
+        return fmt.sparsity == "2:4" and together
 
     def parts_ahead(self, capability: Capability) -> int:
         """Parts of K that are read at a time when they are added: on sm_90 as many as 64 registers hold.
@@ -146,7 +149,7 @@ def _parts(bucket: int, n: int, tiles: int, blocks: int, num_sms: int, l2_bytes:
     most = min(_MOST_PROGRAMS * num_sms // tiles, blocks // _MIN_BLOCKS, l2_bytes // (8 * bucket * n))
     if bucket == MANY or tiles > MAX_SPLIT_TILES:
         most = 1
-    yield from (split for split in range(1, max(1, most) + 1) if _no_empty_part(blocks, split) == split)
+    yield from (split for split in range(1, max(1, most) + 1) if no_empty_part(blocks, split) == split)
 
 
 def config_seconds(m: int, n: int, k: int, fmt: Format, dtype: torch.dtype, machine: Machine, config: Config) -> float:
@@ -186,12 +189,26 @@ def refusal(
     buffers = (config.num_stages - 1) * sum(_tile_bytes(config.block_m, config.block_n, fmt, dtype, capability))
     if not 2 <= config.num_stages <= 6 or buffers > shared:
         return f"{config.num_stages} buffers are not 2 to 6, or more than {shared >> 10} KiB"
-    blocks, split = -(-k // BLOCK_K), config.split_k
-    if split < 1 or split > blocks or _no_empty_part(blocks, split) != split:
-        return f"{blocks} blocks along K cannot be cut into {split} parts"
+    split = config.split_k
+    reason = _uncut(-(-k // BLOCK_K), split)
+    if reason:
+        return reason
     tiles = -(-bucket // config.block_m) * -(-n // config.block_n)
     if split > 1 and (bucket == MANY or tiles > MAX_SPLIT_TILES):
         return "K is split for few tokens and few tiles only"
+    return None
+
+
+def check_parts(config: Config, blocks: int, what: str = "blocks") -> None:
+    """Raises a ValueError where a program would have none of the blocks along K: kernels load before they ask."""
+    reason = _uncut(blocks, config.split_k, what)
+    if reason:
+        raise ValueError(f"{config} cannot be used: {reason}")
+
+
+def _uncut(blocks: int, parts: int, what: str = "blocks") -> str | None:
+    if parts < 1 or no_empty_part(blocks, parts) != parts:
+        return f"{blocks} {what} along K cannot be cut into {parts} parts"
     return None
 
 
@@ -211,7 +228,7 @@ def shared_bytes(capability: Capability) -> int:
     return (64 if isinstance(capability, str) else _SHARED_KIB.get(capability, 99)) << 10
 
 
-def _no_empty_part(blocks: int, split: int) -> int:
+def no_empty_part(blocks: int, split: int) -> int:
     """The smallest split with as many blocks per program."""
     return -(-blocks // -(-blocks // split))
 

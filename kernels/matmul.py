@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlinear.format import BLOCK_K, Format
 from qlinear.kernels.checks import check, check_layout
-from qlinear.kernels.configs import Config
+from qlinear.kernels.configs import Config, check_parts
 from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.epilogue import share_partials, split_buffers, store_output
 from qlinear.kernels.runtime import Target, aligned, device_guard, target_of
@@ -240,6 +240,8 @@ def launch(
         return
     if config is None:
         config = config_on(x.device, target, m, n, in_features, fmt, y.dtype)
+    else:
+        check_parts(config, triton.cdiv(in_features, BLOCK_K))
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     partial, counter = split_buffers(tiles, config, torch.int32 if fmt.integer_sums else torch.float32, x.device)
     with device_guard(x.device):

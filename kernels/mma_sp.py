@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qlinear.format import BLOCK_K, Format
 from qlinear.kernels.checks import check_fragments
-from qlinear.kernels.configs import Config
+from qlinear.kernels.configs import Config, check_parts, no_empty_part
 from qlinear.kernels.epilogue import share_partials, split_buffers, store_output
 from qlinear.kernels.fragments import (
     columns_of,
@@ -198,8 +198,7 @@ def choose_fragment_config(m: int, n: int, k: int, fmt: Format, num_sms: int) ->
     tiles = -(-n // block_n) * -(-m // block_m)
     steps = _steps(k, fmt, 8 * 128 // block_n)
     split = 1 if tiles > MAX_SPLIT_TILES else max(1, min(num_sms // tiles, steps))
-    # The smallest split with as many steps per program, so that none is empty.
-    return Config(block_m, block_n, 8, 1, -(-steps // -(-steps // split)))
+    return Config(block_m, block_n, 8, 1, no_empty_part(steps, split))
 
 
 def shipped_fragment_configs() -> tuple[Config, ...]:
@@ -261,13 +260,16 @@ def fragment_linear_tensors(
         x = torch.nn.functional.pad(x, (0, 1))
     elif x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:
         x = x.contiguous()
-    config = config or choose_fragment_config(m, n, k, fmt, target.num_sms)
+    if config is None:
+        config = choose_fragment_config(m, n, k, fmt, target.num_sms)
+    constants = fragment_constexprs(fmt, k, config)
+    check_parts(config, _steps(k, fmt, constants["WK"]), "steps")
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     partial, counter = split_buffers(tiles, config, torch.float32, x.device)
     with device_guard(x.device):
         _mma_sp_kernel[(tiles * config.split_k,)](
             x, weight, index, scale, zero, None if bias is None else bias.contiguous(), y, partial, counter,
             m, n, k, x.stride(0), config.split_k,
-            **fragment_constexprs(fmt, k, config), num_warps=config.num_warps,
+            **constants, num_warps=config.num_warps,
         )  # fmt: skip
     return y.to(x.dtype)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from qlinear.format import BLOCK_K, FORMATS, Format
-from qlinear.kernels.configs import Config, bucket_of, choose_config, refusal
+from qlinear.kernels.configs import Config, bucket_of, choose_config, no_empty_part, refusal
 from qlinear.kernels.crossover import ENDS, MOST_TOKENS
 from qlinear.kernels.runtime import Target
 from qlinear.kernels.tile_table import M_BUCKETS, tiles_of
@@ -99,8 +99,7 @@ def neighbours(config: Config, problem: Problem, target: Target) -> list[Config]
     now = config.split_k
     found += [replace(config, split_k=max(1, split)) for split in (now // 2, now - 1, now + 1, now * 2, 1)]
     blocks = -(-problem.k // BLOCK_K)
-    # The smallest split with as many blocks per program.
-    found = [replace(c, split_k=-(-blocks // -(-blocks // min(c.split_k, blocks)))) for c in found]
+    found = [replace(c, split_k=no_empty_part(blocks, c.split_k)) for c in found]
     return [c for c in dict.fromkeys(found) if c != config and not _refused(c, problem, target)]
 
 

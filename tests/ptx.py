@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 _MASK = np.uint32(0xFFFFFFFF)
+#: Random registers for every operand.
+_LANES = 4096
 
 
 class InlinePtx(NamedTuple):
@@ -24,21 +27,71 @@ class InlinePtx(NamedTuple):
     dtype: str
     text: str
     constraints: str
+    #: How many elements of every operand one execution takes, in registers that follow each other.
+    pack: int
+    operands: int
+    #: Bits of the elements of each result.
+    widths: tuple[int, ...]
 
 
 def inline_ptx(function: Any) -> list[InlinePtx]:
     """The inline PTX of a ``@triton.jit`` function, read from its source."""
-    tree = ast.parse(inspect.getsource(function.fn))
-    calls = [
-        c for c in ast.walk(tree) if isinstance(c, ast.Call) and getattr(c.func, "attr", "") == "inline_asm_elementwise"
-    ]
-    found = []
-    for call in calls:
-        dtype = next(k.value for k in call.keywords if k.arg == "dtype")
-        first: Any = dtype.elts[0] if isinstance(dtype, ast.Tuple) else dtype
-        text, constraints = (ast.literal_eval(argument) for argument in call.args[:2])
-        found.append(InlinePtx(first.attr, text, constraints))
-    return found
+    return [_read(call) for call in _calls(ast.parse(inspect.getsource(function.fn)))]
+
+
+def packed_ptx(path: Path) -> dict[str, InlinePtx]:
+    """The inline PTX of a file that takes several elements at a time, by the line it stands in."""
+    calls = _calls(ast.parse(path.read_text()))
+    return {f"{path.name}:{c.lineno}": _read(c) for c in calls if ast.literal_eval(_keyword(c, "pack")) > 1}
+
+
+def _calls(tree: ast.AST) -> list[ast.Call]:
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call for call in calls if getattr(call.func, "attr", "") == "inline_asm_elementwise"]
+
+
+def _keyword(call: ast.Call, name: str) -> ast.expr:
+    return next(k.value for k in call.keywords if k.arg == name)
+
+
+def _read(call: ast.Call) -> InlinePtx:
+    dtype = _keyword(call, "dtype")
+    dtypes: list[Any] = dtype.elts if isinstance(dtype, ast.Tuple) else [dtype]
+    text, constraints = (ast.literal_eval(argument) for argument in call.args[:2])
+    operands: Any = call.args[2]
+    widths = tuple(int(re.findall(r"\d+", d.attr)[0]) for d in dtypes)
+    pack = ast.literal_eval(_keyword(call, "pack"))
+    return InlinePtx(dtypes[0].attr, text, constraints, pack, len(operands.elts), widths)
+
+
+def treats_elements_alike(ptx: InlinePtx) -> bool:
+    """Whether an element's results follow from the element alone, wherever in its registers it is and beside what.
+
+    For random operands. Their elements have one width, which the number of registers tells.
+    """
+    registers = ptx.constraints.count(",") + 1 - ptx.constraints.count("=")
+    width = 32 * registers // (ptx.pack * ptx.operands)
+    shape = (ptx.operands, _LANES, ptx.pack)
+    operands = np.random.default_rng(0).integers(0, 1 << width, shape, np.uint64).astype(f"u{width // 8}")
+    results = _on_elements(ptx, operands)
+    for place in range(ptx.pack):
+        alone = _on_elements(ptx, np.repeat(operands[..., place, None], ptx.pack, -1))
+        if any((a != r[:, place, None]).any() for a, r in zip(alone, results, strict=True)):
+            return False
+    return True
+
+
+def _on_elements(ptx: InlinePtx, operands: np.ndarray) -> list[np.ndarray]:
+    """The results ``[lanes, pack]`` for operands ``[n, lanes, pack]``, elements packed from the lowest bits on."""
+    inputs = [register for o in operands for register in np.ascontiguousarray(o).view(np.uint32).T]
+    outputs = [np.broadcast_to(o, _LANES) for o in evaluate(ptx.text, ptx.constraints, *inputs)]
+    results = []
+    for width in ptx.widths:
+        count = ptx.pack * width // 32
+        parts, outputs = outputs[:count], outputs[count:]
+        results.append(np.stack(parts, -1).astype(np.uint32).view(f"u{width // 8}"))
+    assert not outputs, "results that fill no register are not known here"
+    return results
 
 
 def evaluate(text: str, constraints: str, *inputs: np.ndarray) -> list[np.ndarray]:

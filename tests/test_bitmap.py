@@ -114,9 +114,11 @@ def test_the_way_is_said():
 @pytest.mark.parametrize("capability", [(9, 0), "gfx942"], ids=str)
 def test_no_part_of_k_is_without_tiles_of_its_own(capability):
     for n in (64, 4096, 100_000):
-        for k in (32, 4096, 14336):
-            config = bitmap.bitmap_config(1, n, k, torch.float16, Target(capability, 132))
-            assert config.split_k == 1 or k // 128 // config.split_k >= 4
+        # 43 tiles in 10 parts of 5 would leave the last without any.
+        for k in (32, 43 * 128, 4096, 14336):
+            split, tiles = bitmap.bitmap_config(1, n, k, torch.float16, Target(capability, 132)).split_k, -(-k // 128)
+            assert split == 1 or tiles // split >= 4
+            assert (split - 1) * -(-tiles // split) < tiles
 
 
 def test_what_does_not_fit_is_named(device):

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
+from test_matmul import MEDIUM
 
 from bench.workers import answer, ask
 from qlinear.format import DENSE, FORMATS, Format
@@ -103,7 +104,9 @@ def jobs() -> list[Job]:
             # One warp, a row in one block, a row in several.
             result += [Job("quantize", target, dtype, options={"in_features": k}) for k in (200, 4096, 14336)]
             result.append(Job("quantize", target, dtype, options={"in_features": 4096, "norm": True}))
-    return result
+    # Of what tests/test_matmul.py asks for, the most shared memory, where there is least and where Triton takes most.
+    most = (DENSE["w4a16-g32"], MEDIUM, {"scale_dtype": torch.float32})
+    return result + [Job("matmul", target, "fp32", *most) for target in ((8, 6), (9, 0))]
 
 
 JOBS = jobs()

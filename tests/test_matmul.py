@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import DTYPES, coded_weight, dtype_id, error, random_tokens, random_weight, weight64
 
-from qlinear.format import DENSE
+from qlinear.format import DENSE, FORMATS
 from qlinear.kernels import runtime
 from qlinear.kernels.configs import Config
 from qlinear.kernels.matmul import matmul, matmul_tensors
@@ -23,6 +23,9 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 SMALL = Config(block_m=16, block_n=64, num_warps=4, num_stages=2)
 LARGE = Config(block_m=128, block_n=64, num_warps=4, num_stages=2)
 SPLIT = replace(SMALL, split_k=2)
+#: Scales on the sum of every group size, and on the weight of groups of 32 and 64: in float32 too these fit the shared
+#: memory of every GPU.
+FEW, MEDIUM = replace(SMALL, block_m=8), replace(SMALL, block_m=32)
 #: Too few warps for a warpgroup: planes are multiplied apart, scales on the weight. A tile of 8 has them on the sum.
 APART = Config(block_m=64, block_n=64, num_warps=2, num_stages=2)
 
@@ -60,7 +63,7 @@ def test_scale_on_the_sum_or_on_the_weight(fmt, config, device):
     )
 
 
-@pytest.mark.parametrize("config", [SMALL, LARGE], ids=["sum", "weight"])
+@pytest.mark.parametrize("config", [FEW, MEDIUM], ids=["sum", "weight"])
 @pytest.mark.parametrize("scale_dtype", DTYPES, ids=lambda dtype: f"scale-{dtype_id(dtype)}")
 @every_dtype
 @pytest.mark.parametrize("name", ["w4a16-g32", "w8a16", "w4a16-g64-asym"])
@@ -106,6 +109,16 @@ def test_split_k_is_deterministic_and_leaves_its_counters_at_zero(name, split_k,
     first = check(x, packed, config=replace(SMALL, split_k=split_k))
     assert torch.equal(matmul(x, packed, config=replace(SMALL, split_k=split_k)), first)
     assert not runtime.counters(device).any()
+
+
+@pytest.mark.parametrize(("k", "parts"), [(128, 2), (512, 3), (300, 4), (200, 0)])
+@pytest.mark.parametrize("name", ["w4a16", "w8a8", "w4a16-2:4"])
+def test_a_part_of_k_without_a_block_is_refused(name, k, parts, device):
+    """Its program would read scales past their end."""
+    packed = random_weight(FORMATS[name], 70, k, torch.float16, device)
+    message = f"16x64-w4-s2-k{parts} cannot be used: {-(-k // 128)} blocks along K cannot be cut into {parts} parts"
+    with pytest.raises(ValueError, match=message):
+        matmul(random_tokens(3, k, torch.float16, device), packed, config=replace(SMALL, split_k=parts))
 
 
 def test_what_is_not_split_touches_no_partial_sums(device):

@@ -7,6 +7,7 @@ decoding, products, sums over warps, split-K. What ``mma.sp`` does with the regi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,12 @@ def product(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, config:
     return mma_sp.fragment_linear_tensors(
         x, p.weight, p.scale, p.zero_point, p.index, p.format, p.out_features, bias, config
     )
+
+
+def test_a_part_of_k_without_a_step_is_refused(device: torch.device) -> None:
+    packed = random_weight(FORMATS["w8a16-2:4"], 150, 328, torch.float16, device)
+    with pytest.raises(ValueError, match="16x256-w4-s1-k4 cannot be used: 3 steps along K cannot be cut into 4 parts"):
+        product(random_tokens(3, 328, torch.float16, device), packed, config=replace(CONFIGS[1], split_k=4))
 
 
 @every_format

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ptx import evaluate, inline_ptx, interpret_inline_ptx
+from models import ROOT
+from ptx import InlinePtx, evaluate, inline_ptx, interpret_inline_ptx, packed_ptx, treats_elements_alike
 
 from bench.gpu_ptx import decode
 from qlinear.kernels.decode import DECODERS
@@ -14,6 +15,8 @@ from qlinear.layout import unpack_planes
 ALL_PTX = [(name, ptx) for name, decoder in DECODERS.items() for ptx in inline_ptx(decoder.function)]
 CASES = [(name, ptx) for name, ptx in ALL_PTX if name in ("planar4", "planar8")]
 E4M3 = [(name, ptx) for name, ptx in ALL_PTX if name.endswith("e4m3")]
+#: All that takes several elements at a time, in whichever kernel.
+PACKED = {place: ptx for path in sorted((ROOT / "kernels").glob("*.py")) for place, ptx in packed_ptx(path).items()}
 
 WORDS = torch.arange(65536, dtype=torch.int32).to(torch.int16)
 
@@ -52,6 +55,31 @@ def test_every_packing_with_ptx_has_both_dtypes():
     assert {(name, ptx.dtype) for name, ptx in ALL_PTX} == {
         (packing, dtype) for packing in ("planar4", "planar8", "planar_e4m3") for dtype in ("float16", "bfloat16")
     } | {("nibbles8", "int8"), ("rows_e4m3", "float16")}
+
+
+@pytest.mark.parametrize(("place", "ptx"), PACKED.items(), ids=list(PACKED))
+def test_inline_ptx_treats_elements_that_share_a_register_alike(place, ptx):
+    """Which elements share one is the choice of the compiler's layout: neighbours along K, or two rows."""
+    assert treats_elements_alike(ptx)
+
+
+def test_what_treats_elements_unlike_is_seen():
+    upper = InlinePtx("int16", "prmt.b32 $0, $1, 0, 0x3232;", "=r,r", 2, 1, (16,))
+    assert not treats_elements_alike(upper)
+    # The same for both halves, but each has the other's.
+    assert not treats_elements_alike(upper._replace(text="prmt.b32 $0, $1, 0, 0x1032;"))
+    assert treats_elements_alike(upper._replace(text="prmt.b32 $0, $1, 0, 0x3210;"))
+    # The lower half of an element of 32 bits, and the upper half of the next one.
+    wide = InlinePtx("int16", "prmt.b32 $0, $1, $2, 0x7610;", "=r,r,r", 2, 1, (16,))
+    assert not treats_elements_alike(wide)
+    assert treats_elements_alike(wide._replace(text="prmt.b32 $0, $1, $2, 0x5410;"))
+    # The bits of one byte come into the next.
+    assert not treats_elements_alike(InlinePtx("int8", "shr.u32 $0, $1, 4;", "=r,r", 4, 1, (8,)))
+
+
+def test_inline_ptx_of_every_kernel_is_found():
+    """The files are read whole, so that what is new in them is tested: the decoders' is all there."""
+    assert {ptx for _, ptx in ALL_PTX} <= set(PACKED.values())
 
 
 def test_inline_ptx_of_signed_nibbles():
