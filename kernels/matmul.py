@@ -90,7 +90,8 @@ def _matmul_kernel(
         if GROUP is None:
             s_ptrs = scale_ptr + scale_rows(pid_n, 1, N, 0, COUNT, OFFSET, BLOCK_N)
         else:
-            s_ptrs = scale_ptr + scale_rows(pid_n, blocks, N, first, COUNT, OFFSET, BLOCK_N)
+            # Of a part without a block the first scales would lie past the end.
+            s_ptrs = scale_ptr + scale_rows(pid_n, blocks, N, tl.minimum(first, blocks - 1), COUNT, OFFSET, BLOCK_N)
         scales = load_scales(s_ptrs, COUNT, OFFSET, DT)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)

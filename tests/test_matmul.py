@@ -9,6 +9,7 @@ import torch
 from helpers import DTYPES, coded_weight, dtype_id, error, random_tokens, random_weight, weight64
 
 from qlinear.format import DENSE, FORMATS
+from qlinear.kernels import matmul as module
 from qlinear.kernels import runtime
 from qlinear.kernels.configs import Config
 from qlinear.kernels.matmul import matmul, matmul_tensors
@@ -119,6 +120,29 @@ def test_a_part_of_k_without_a_block_is_refused(name, k, parts, device):
     message = f"16x64-w4-s2-k{parts} cannot be used: {-(-k // 128)} blocks along K cannot be cut into {parts} parts"
     with pytest.raises(ValueError, match=message):
         matmul(random_tokens(3, k, torch.float16, device), packed, config=replace(SMALL, split_k=parts))
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w4a16-asym", "w8a16-g32", "w4a8"])
+def test_where_a_part_of_k_has_no_block_nothing_past_the_scales_is_read(name, device, monkeypatch):
+    if not runtime.target_of(device).interpreted:
+        pytest.skip("the interpreter tells what addresses are read")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    packed, x = random_weight(DENSE[name], 64, 128, torch.float16, device), random_tokens(1, 128, torch.float16, device)
+    whole, size = matmul(x, packed, config=SMALL), packed.scale.numel()
+    room = torch.zeros(size + 4096, dtype=packed.scale.dtype)
+    packed = replace(packed, scale=room[:size].view_as(packed.scale).copy_(packed.scale))
+    load, read, end = InterpreterBuilder.create_masked_load, [], room[size:].data_ptr()
+
+    def seen(builder, pointers, mask, *rest):
+        read.extend(pointers.data[mask.data].reshape(-1).tolist())
+        return load(builder, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", seen)
+    monkeypatch.setattr(module, "check_parts", lambda *_: None)
+    assert torch.equal(matmul(x, packed, config=SPLIT), whole)
+    assert any(end - packed.scale.nbytes <= address < end for address in read)
+    assert not [address for address in read if end <= address < end + 8192]
 
 
 def test_what_is_not_split_touches_no_partial_sums(device):

@@ -165,7 +165,7 @@ def test_a_dense_format_is_compared_over_the_layers_that_hold_the_sparse_one(wit
     ids=["A100", "H200", "B200"],
 )
 def test_instructions_are_those_of_the_machine(machine: str, slow: set[str]) -> None:
-    """On a B200 reading is faster and expanding takes more: there dense int4 outdoes 2:4 of integers."""
+    """On a B200 reading is faster and expanding takes more: there dense int4 outdoes 2:4 int4."""
     layer = nn.Linear(4096, 4096, bias=False, dtype=torch.float16)
     qlinear.prune(layer, "magnitude", None, "2:4")
     found = report(layer, machine)
