@@ -94,6 +94,8 @@ class Kernel:
     integer_per_weight: float
     registers: int
     spills: int
+    #: Instructions that write to what a product may still read (see :mod:`bench.operands`).
+    early_writes: int
     shared: int
     tensor_columns: int
     blocks_per_sm: int
@@ -193,6 +195,7 @@ def read_kernel(job: Job, problem: Problem, program: Sequence[sass.Instruction],
         integer_per_weight=loop.classes["integer"] * threads / weights,
         registers=used["registers"],
         spills=used["spilled"],
+        early_writes=used["early_writes"],
         shared=used["shared"],
         tensor_columns=used["tensor_columns"],
         blocks_per_sm=blocks,
