@@ -3,6 +3,11 @@
 For every kernel of sm_90 that writes to the operands of a product too early (see :mod:`bench.operands`) the machine
 code and the predicted time of the largest problem it is used for, as it ships and as it would be with
 ``Config.waits_for_operands``. Needs no GPU.
+
+2026-11-28, Triton 3.7.1: 62 of the 293 kernels that the audit counts on sm_90. Waiting takes 1 to 5 % off their
+instructions and spills nothing. Where several programs share a processor the predicted time stays (w4a16-g32 and
+w4a16-channel for 9 to 16 tokens take up to 16 % longer); in tiles of 8 warps, one program to a processor, nothing
+decodes while a product runs: 19 to 60 % longer.
 """
 
 from __future__ import annotations
