@@ -168,12 +168,13 @@ def kernel_table(audited: Iterable[Audited]) -> str:
 
 def early_line(kernels: Sequence[Kernel]) -> str:
     """How many kernels write to operands of a product that may still run; empty where none does."""
-    early = sum(kernel.early_writes > 0 for kernel in kernels)
-    if not early:
+    ptx = sum(kernel.early_writes > 0 for kernel in kernels)
+    code = sum(kernel.early_writes_of_code > 0 for kernel in kernels)
+    if not ptx and not code:
         return ""
     return (
-        f"{early} of {len(kernels)} kernels write to registers that a product under way may still read "
-        "(bench/operands.py);\nwhether that is harmless only the stage operands of `python -m bench gpu` can tell"
+        f"of {len(kernels)} kernels {ptx} in PTX and {code} in machine code write to registers that a product may still\n"
+        "read (bench/operands.py): whether that is harmless only the stage operands of `bench gpu` can tell"
     )
 
 

@@ -31,7 +31,7 @@ class Sizes:
     #: processor in the largest tile; schemes by how they are scaled and decoded.
     operands: tuple[int, int] = (4096, 14336)
     operand_tokens: int = 4096
-    operand_schemes: Sequence[str] = ("w8a16", "w4a16", "w4a16-g32", "w8a16-fp8", "w4a16-channel", "w4a16-2:4")
+    operand_schemes: Sequence[str] = ("w8a16", "w4a16", "w4a16-g32", "w4a16-asym", "w8a16-fp8", "w4a16-2:4")
     #: One column of a 2:4 weight after the other: more blocks along K than a pipeline has stages.
     columns: tuple[int, int] = (203, 768)
     #: Determinism.

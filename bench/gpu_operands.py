@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.cubins import disassemble
 from bench.gpu_checks import random_tokens
 from bench.gpu_job import Job, Result, dtype_name
 from bench.gpu_warm import Case, random_weight, warm
-from bench.operands import Waiting, early_writes
+from bench.operands import Waiting, early_writes, early_writes_of_code
+from bench.sass import hot_loop
 from qlinear import reference
 from qlinear.format import FORMATS
 from qlinear.kernels.configs import Config, shipped_configs
@@ -102,8 +104,14 @@ def compare(packed: PackedWeight, m: int, dtype: torch.dtype, config: Config, jo
             error = max(error, float((y.double() - wanted).norm() / wanted.norm()))
         new = [kernel for key, kernel in _compiled(job.device).items() if key not in before]
         row[name] = {"different": different, "error": error if error == error else None}
-        row[name]["early_writes"] = sum(len(early_writes(kernel.asm.get("ptx", ""))) for kernel in new) if new else None
+        row[name]["early_writes"] = sum(map(_early, new)) if new else None
     return row
+
+
+def _early(kernel: Any) -> int:
+    """Early writes of a compiled kernel, in PTX and in machine code."""
+    (program,) = disassemble([kernel.asm["cubin"]], _CAPABILITY)
+    return len(early_writes(kernel.asm["ptx"])) + early_writes_of_code(hot_loop(program))
 
 
 def _compiled(device: torch.device) -> dict[Any, Any]:

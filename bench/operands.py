@@ -1,9 +1,9 @@
-"""Registers that a product of sm_90 reads, and writes to them that come before a wait for it: from PTX, without a GPU.
+"""Registers that a product of sm_90 reads, and writes to them that come before a wait for it; needs no GPU.
 
 ``wgmma.mma_async`` takes its left operand from registers and runs beside the program. To write to such a register
 before a ``wgmma.wait_group`` that covers the product is not allowed (PTX ISA, ``wgmma.mma_async``). Triton does so
-where a sum is carried from product to product: the next block is decoded ahead of the wait. ptxas goes by the rule:
-of the kernels that keep it the machine code keeps it too, of those that break it the machine code breaks it.
+where a sum is carried from product to product: the next block is decoded ahead of the wait. ptxas does so too, in
+the registers it chooses, also in kernels whose PTX keeps the rule, as long as a group may stay under way.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from bench.sass import Loop
 from qlinear.kernels.configs import Config
 from qlinear.kernels.runtime import Capability
 
+#: A product whose left operand begins at a register, not at a descriptor.
+_LEFT = re.compile(r"[A-Z]GMMA\.\S+ R\d+, R(\d+)")
 #: What may stand before a statement: braces around a scope, labels.
 _BEFORE = re.compile(r"[{}\s]+|([$\w]+):(?!:)")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/|^\s*\.(?:loc|file|pragma|section)\b[^\n]*", re.MULTILINE | re.DOTALL)
@@ -65,6 +68,25 @@ def early_writes(ptx: str) -> list[str]:
                 states[following] = joined
                 waiting.append(following)
     return list(found)
+
+
+def early_writes_of_code(loop: Loop) -> int:
+    """The same in machine code: so many instructions of a loop write to a register that a product may still read."""
+    open_group: set[int] = set()
+    groups: list[set[int]] = []
+    early = set()
+    # What is under way when the loop begins again is what its end left.
+    for instruction in 2 * loop.body:
+        if left := _LEFT.match(str(instruction)):
+            open_group |= set(range(int(left[1]), int(left[1]) + 4))
+        elif instruction.written and not instruction.written.isdisjoint(open_group.union(*groups)):
+            early.add(instruction.address)
+        if instruction.commits:
+            groups.append(open_group)
+            open_group = set()
+        if instruction.waits is not None:
+            groups = groups[len(groups) - instruction.waits :] if instruction.waits else []
+    return len(early)
 
 
 def _step(opcode: str, operands: str, state: _Pending) -> Iterator[str]:

@@ -71,9 +71,9 @@ class Config:
     def waits_for_operands(self, capability: Capability) -> bool:
         """Whether a program waits for a product before it decodes the next block.
 
-        On sm_90 products read the decoded weight from registers while the program goes on, and Triton decodes the next
-        block into them ahead of its wait, which PTX does not allow. Whether numbers come out wrong only a GPU can tell:
-        if the stage ``operands`` of ``python -m bench gpu`` says so, this has to be ``capability == (9, 0)``. What that
+        On sm_90 products read the decoded weight from registers while the program goes on. Triton, which by PTX may
+        not, and ptxas decode the next block into them ahead of the wait. Whether numbers come out wrong only a GPU can
+        tell: if the stage ``operands`` of ``python -m bench gpu`` says so, this has to be ``capability == (9, 0)``. What that
         costs is in :mod:`bench.waiting`.
         """
         return False

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import audit_tables, waiting
+from bench import audit_tables, sass, waiting
 from bench.cubins import Job
-from bench.operands import Waiting, early_writes
+from bench.operands import Waiting, early_writes, early_writes_of_code
 from bench.problems import Problem
 from bench.workers import ask
 from qlinear.format import FORMATS
@@ -70,6 +70,23 @@ def test_writes_on_one_path_of_two() -> None:
     assert early_writes(kernel(PRODUCT, COMMIT, "bra.uni $L__BB0_2;", DECODE, "$L__BB0_2:", wait(0), DECODE)) == []
 
 
+def multiply(pending: int) -> sass.Loop:
+    listing = f"""
+    /*0000*/ HADD2 R24, R50, -1152, -1152 ;
+    /*0010*/ HADD2 R30, R50, -1152, -1152 ;
+    /*0020*/ HGMMA.64x16x16.F32 R48, R24, gdesc[UR4], R48, gsb0 ;
+    /*0030*/ WARPGROUP.DEPBAR.LE gsb0, 0x{pending} ;
+    /*0040*/ @P0 BRA 0x0 ;
+    """
+    return sass.hot_loop(sass.parse(listing))
+
+
+def test_writes_in_machine_code() -> None:
+    assert early_writes_of_code(multiply(0)) == 0
+    # R24 of R24 to R27; R30 is nobody's.
+    assert early_writes_of_code(multiply(1)) == 1
+
+
 #: One of each loop that decodes ahead, in the smallest tile that does.
 SCHEMES = ("w8a16", "w4a16-g32", "w8a16-block64", "w8a16-unstructured")
 
@@ -99,12 +116,15 @@ def test_what_waiting_costs() -> None:
     rows = waiting.rows_of({Job("w8a16", "fp16", (9, 0), config): problem})
     (row,) = rows
     assert row["ships"].early_writes > 0 == row["waits"].early_writes
+    assert row["ships"].early_writes_of_code > 0 == row["waits"].early_writes_of_code
     assert row["waits"].slots_per_weight <= row["ships"].slots_per_weight * 1.02
     text = waiting.as_table(rows)
     assert "w8a16-fp16-sm_90-16x128" in text and "-> 0" in text
     # All products of an iteration are waited for together.
     assert row["waits"].matrix_per_wait == row["waits"].instructions["matrix"] > row["ships"].matrix_per_wait
-    assert audit_tables.early_line([row["ships"], row["waits"]]).startswith("1 of 2 kernels write to registers")
+    assert audit_tables.early_line([row["ships"], row["waits"]]).startswith(
+        "of 2 kernels 1 in PTX and 1 in machine code"
+    )
     assert audit_tables.early_line([row["waits"]]) == ""
 
 
