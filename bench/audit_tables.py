@@ -173,8 +173,8 @@ def early_line(kernels: Sequence[Kernel]) -> str:
     if not ptx and not code:
         return ""
     return (
-        f"of {len(kernels)} kernels {ptx} in PTX and {code} in machine code write to registers that a product may still\n"
-        "read (bench/operands.py): whether that is harmless only the stage operands of `bench gpu` can tell"
+        f"of {len(kernels)} kernels {ptx} in PTX and {code} in machine code write to registers that a product may\n"
+        "still read (bench/operands.py): whether that is harmless only the stage operands of `bench gpu` can tell"
     )
 
 

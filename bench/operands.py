@@ -54,6 +54,8 @@ def early_writes(ptx: str) -> list[str]:
     Args:
         ptx: of one kernel, as Triton makes it.
     """
+    if "wgmma.mma_async" not in ptx:
+        return []
     blocks = _blocks(ptx)
     states: dict[int, _Pending] = {0: {}}
     waiting, found = [0], dict[str, None]()
@@ -118,7 +120,8 @@ def _join(one: Mapping[str, int] | None, other: Mapping[str, int]) -> _Pending:
 def _blocks(ptx: str) -> list[_Block]:
     """The kernel cut at the labels that are jumped to, and after jumps."""
     _, _, body = ptx.partition(".entry")
-    body = _COMMENT.sub("", body[body.index("\n{") : body.index("\n}")])
+    # What follows the kernel is for debuggers.
+    body = _COMMENT.sub("", body[body.index("\n{") :].partition("\n\t.section")[0])
     statements: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     ends: set[int] = set()

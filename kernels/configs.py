@@ -73,8 +73,8 @@ class Config:
 
         On sm_90 products read the decoded weight from registers while the program goes on. Triton, which by PTX may
         not, and ptxas decode the next block into them ahead of the wait. Whether numbers come out wrong only a GPU can
-        tell: if the stage ``operands`` of ``python -m bench gpu`` says so, this has to be ``capability == (9, 0)``. What that
-        costs is in :mod:`bench.waiting`.
+        tell: if the stage ``operands`` of ``python -m bench gpu`` says so, this has to be ``capability == (9, 0)``.
+        What that costs is in :mod:`bench.waiting`.
         """
         return False
 

@@ -17,7 +17,7 @@ from qlinear.format import FORMATS
 from qlinear.kernels.configs import Config, shipped_configs
 
 PRODUCT = "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r1,%r2,%r3,%r4}, {%r5,%r6,%r7,%r8}, %rd1, %p1, 1, 1, 0;"
-DECODE = "{ .reg .b32 t; shr.u32 t, %r20, 8; prmt.b32 %r5, t, 0, 0x4240; }"
+DECODE = "\n{ .reg .b32 t; shr.u32 t, %r20, 8; prmt.b32 %r5, t, 0, 0x4240;\n}"
 
 
 def kernel(*body: str) -> str:
