@@ -18,6 +18,7 @@ import torch
 
 from bench import sass
 from bench.cubins import DTYPES, Job, read_all
+from bench.operands import early_writes_of_code
 from bench.predict import BLOCK_DENSITY, Resources, Step, blocks_per_sm, dequantizes, macs_per_clock, step
 from bench.problems import Problem
 from qlinear.format import BLOCK_K, FORMATS, Format
@@ -94,6 +95,10 @@ class Kernel:
     integer_per_weight: float
     registers: int
     spills: int
+    #: Instructions that write to what a product may still read, of the PTX and of the hot loop's machine code (see
+    #: :mod:`bench.operands`).
+    early_writes: int
+    early_writes_of_code: int
     shared: int
     tensor_columns: int
     blocks_per_sm: int
@@ -193,6 +198,8 @@ def read_kernel(job: Job, problem: Problem, program: Sequence[sass.Instruction],
         integer_per_weight=loop.classes["integer"] * threads / weights,
         registers=used["registers"],
         spills=used["spilled"],
+        early_writes=used["early_writes"],
+        early_writes_of_code=early_writes_of_code(loop),
         shared=used["shared"],
         tensor_columns=used["tensor_columns"],
         blocks_per_sm=blocks,

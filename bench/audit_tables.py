@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import bitmaps, contract, fragments, sparsity, sparsity24
-from bench.audit import SCHEMES, Audited, job_and_config, jobs_of, read_kernel, steps
+from bench.audit import SCHEMES, Audited, Kernel, job_and_config, jobs_of, read_kernel, steps
 from bench.budgets import KNOWN, excesses
 from bench.cubins import DTYPES, Job, read_all
 from bench.predict import Prediction, dequantizes, predict, traffic
@@ -63,7 +63,9 @@ def _tables(
     """What does not need the kernels on sparse tensor cores; budgets come last."""
     rows = [row for machine in machines for row in predictions(audited, wanted, schemes, machine)]
     over = [line + " (known)" * (line in KNOWN) for line in excesses(audited)]
-    parts = [kernel_table(audited.values())]
+    parts = [
+        part for part in (kernel_table(audited.values()), early_line([a.kernel for a in audited.values()])) if part
+    ]
     slowest = [contract.worst(rows, machine) for machine in machines]
     for machine, found in zip(machines, slowest, strict=True):
         parts += [part for part in (machine_table(rows, machine), contract.as_table(found, machine)) if part]
@@ -162,6 +164,18 @@ def kernel_table(audited: Iterable[Audited]) -> str:
         "LDG: loads through registers in an iteration; now: used in the same one; after: instructions until one waits."
     )
     return f"{table(header, rows, right=(1, 2, 3, 4, 5, 6, 7, 9, 11, 12, 13))}\n{legend}"
+
+
+def early_line(kernels: Sequence[Kernel]) -> str:
+    """How many kernels write to operands of a product that may still run; empty where none does."""
+    ptx = sum(kernel.early_writes > 0 for kernel in kernels)
+    code = sum(kernel.early_writes_of_code > 0 for kernel in kernels)
+    if not ptx and not code:
+        return ""
+    return (
+        f"of {len(kernels)} kernels {ptx} in PTX and {code} in machine code write to registers that a product may\n"
+        "still read (bench/operands.py): whether that is harmless only the stage operands of `bench gpu` can tell"
+    )
 
 
 def machine_table(rows: Sequence[dict[str, Any]], machine: Machine) -> str:

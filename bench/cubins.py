@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from bench.operands import Waiting, early_writes
 from bench.sass import Instruction, Loop, parse_programs
 from bench.workers import answer, ask
 from qlinear.format import FORMATS, Format
@@ -43,13 +44,15 @@ class Job:
     config: Config
     #: The kernel on sparse tensor cores.
     mma_sp: bool = False
+    #: A build of it that does not ship, see :class:`bench.operands.Waiting`.
+    waits: bool = False
 
     @property
     def format(self) -> Format:
         return FORMATS[self.scheme]
 
     def __str__(self) -> str:
-        tile = str(self.config).rpartition("-k")[0] + "-mma.sp" * self.mma_sp
+        tile = str(self.config).rpartition("-k")[0] + "-mma.sp" * self.mma_sp + "-waits" * self.waits
         return f"{self.scheme}-{self.dtype}-{arch_name(self.capability)}-{tile}"
 
 
@@ -193,12 +196,14 @@ def conversions(ttgir: str) -> int:
 def _compile(fields: dict[str, Any], dump: Path) -> dict[str, Any]:
     from qlinear.kernels import compile as compiler
 
-    job = Job(**fields | {"capability": tuple(fields["capability"]), "config": Config(**fields["config"])})
+    config = (Waiting if fields["waits"] else Config)(**fields["config"])
+    job = Job(**fields | {"capability": tuple(fields["capability"]), "config": config})
     compile_job = compiler.compile_fragments if job.mma_sp else compiler.matmul_compiler(job.format)
     compiled = compile_job(job.format, DTYPES[job.dtype], job.config, job.capability)
     (dump / cubin_name(job)).write_bytes(compiled.asm["cubin"])
     used = asdict(compiler.usage(compiled))
     result = {name: used[name] for name in ("registers", "spilled", "shared")}
+    result["early_writes"] = len(early_writes(compiled.asm["ptx"]))
     if job.mma_sp:
         result["conversions"] = conversions(compiled.asm["ttgir"])
     return result | {"tensor_columns": compiled.metadata.tmem_size or 0, "cubin": cubin_name(job)}

@@ -57,16 +57,18 @@ class Stage:
 STAGES = (
     Stage("environment", 15, "bench.gpu_tools:environment", every_run=True),
     Stage("ptx", 20, "bench.gpu_ptx:ptx"),
-    Stage("numerics", 75, "bench.gpu_checks:numerics"),
-    Stage("sparse", 55, "bench.gpu_sparse:sparse"),
-    Stage("benchmark", 85, "bench.gpu_speed:benchmark"),
-    Stage("determinism", 25, "bench.gpu_checks:determinism"),
+    Stage("numerics", 70, "bench.gpu_checks:numerics"),
+    Stage("operands", 30, "bench.gpu_operands:operands"),
+    Stage("columns", 25, "bench.gpu_columns:columns"),
+    Stage("sparse", 45, "bench.gpu_sparse:sparse"),
+    Stage("benchmark", 70, "bench.gpu_speed:benchmark"),
+    Stage("determinism", 20, "bench.gpu_checks:determinism"),
     Stage("launch", 20, "bench.gpu_speed:launch"),
     Stage("coldstart", 20, "bench.coldstart:stage"),
-    Stage("models", 40, "bench.gpu_model:models"),
-    Stage("gpu_tests", 40, "bench.gpu_tools:gpu_tests"),
-    Stage("tuned", 35, "bench.gpu_tuned:tuned"),
-    Stage("sanitizer", 40, "bench.gpu_tools:sanitizer"),
+    Stage("models", 35, "bench.gpu_model:models"),
+    Stage("gpu_tests", 35, "bench.gpu_tools:gpu_tests"),
+    Stage("tuned", 30, "bench.gpu_tuned:tuned"),
+    Stage("sanitizer", 35, "bench.gpu_tools:sanitizer"),
     Stage("kernel_tests", 10, "bench.gpu_tools:kernel_tests"),
 )
 
@@ -206,6 +208,8 @@ def describe(result: Result | None) -> str:
         return f"FAILED: {result['error']}: {' '.join(str(result.get('log', '')).split())[-200:]}"
     failed = len(result.get("failed", ()))
     parts = [f"{failed} FAILED" if failed else "ok"]
+    if "verdict" in result:
+        parts.append(str(result["verdict"]))
     if "rows" in result:
         parts.append(f"{len(result['rows'])} rows")
     if "incomplete" in result:

@@ -27,6 +27,13 @@ class Sizes:
     float32_tokens: Sequence[int] = (1, 33, 300)
     odd: tuple[int, int] = (331, 1352)
     even: tuple[int, int] = (1024, 2048)
+    #: Operands of products: a weight of many blocks along K, of an even number; tokens for several programs to a
+    #: processor in the largest tile; schemes by how they are scaled and decoded.
+    operands: tuple[int, int] = (4096, 14336)
+    operand_tokens: int = 4096
+    operand_schemes: Sequence[str] = ("w8a16", "w4a16", "w4a16-g32", "w4a16-asym", "w8a16-fp8", "w4a16-2:4")
+    #: One column of a 2:4 weight after the other: more blocks along K than a pipeline has stages.
+    columns: tuple[int, int] = (203, 768)
     #: Determinism.
     repeats: int = 20
     many_tokens: Sequence[int] = (4097, 4200)

@@ -19,6 +19,7 @@ _SHOWN = 12
 def summarize(results: dict[str, Any], names: Sequence[str], folder: Path) -> str:
     """The whole summary as Markdown; writes the pictures where matplotlib is there."""
     parts = ["# GPU run", *_environment(results.get("environment", {})), "## Stages", _fenced(_stages(results, names))]
+    parts += [f"**{name}**: {results[name]['verdict']}" for name in names if "verdict" in results.get(name, {})]
     for name in names:
         result = results.get(name, {})
         parts += _problems(name, result)

@@ -20,6 +20,7 @@ from qlinear.kernels.configs import Config, no_empty_part
 from qlinear.kernels.dequantize import linear_in_slices
 from qlinear.kernels.epilogue import share_partials, split_buffers, store_output
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Target, aligned, device_guard, target_of
+from qlinear.kernels.tiles import settled
 
 #: Rows of a tile, and words of 32 columns: of float32, whose three products for one need registers, there are half.
 _ROWS = 64
@@ -76,8 +77,8 @@ def _expand(words, start, w_ptr, OFFSET: tl.constexpr, PTX: tl.constexpr, DT: tl
 @triton.jit(do_not_specialize=["M", "splits"])
 def _bitmap_kernel(
     x_ptr, w_ptr, scale_ptr, index_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K, stride_xm, splits,
-    OFFSET: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WORDS: tl.constexpr,
+    OFFSET: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] * value[n, k] * scale[n] + bias[n]
 
@@ -105,7 +106,8 @@ def _bitmap_kernel(
         w, start = _expand(bits, start, w_ptr, OFFSET, PTX, x_ptr.dtype.element_ty)
         k = block * (32 * WORDS)
         x = tl.load(x_ptrs + k, mask=(offs_m < M)[None, :] & (k + offs_k < K)[:, None], other=0)
-        acc = tl.dot(w, x, acc, input_precision=PRECISION)
+        total = tl.dot(w, x, acc, input_precision=PRECISION)
+        acc = settled(total) if WAIT else total
     is_last = splits == 1
     if splits > 1:
         acc, is_last = share_partials(
@@ -226,7 +228,8 @@ def step_columns(dtype: torch.dtype) -> int:
 def bitmap_constexprs(fmt: Format, dtype: torch.dtype, config: Config, target: Target) -> dict[str, Any]:
     """The compile-time arguments of the matmul kernel for x in ``dtype``."""
     tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "WORDS": _WORDS[dtype]}
-    return {"OFFSET": fmt.offset, "PTX": target.nvidia, "PRECISION": target.precision(dtype), **tile}
+    wait = target.nvidia and config.waits_for_operands(target.capability)
+    return {"OFFSET": fmt.offset, "PTX": target.nvidia, "PRECISION": target.precision(dtype), "WAIT": wait, **tile}
 
 
 def expand_constexprs(fmt: Format, target: Target) -> dict[str, Any]:

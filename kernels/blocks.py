@@ -23,7 +23,7 @@ from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.epilogue import share_partials, split_buffers, store_output
 from qlinear.kernels.runtime import MAX_SPLIT_TILES, Capability, Target, aligned, device_guard, target_of
 from qlinear.kernels.tile_table import M_BUCKETS, TILE_TOKENS
-from qlinear.kernels.tiles import concat, scale_planes
+from qlinear.kernels.tiles import concat, scale_planes, settled
 
 #: K of a row of blocks is split so that the device is full, but a program keeps this many blocks ...
 _MIN_BLOCKS = 4
@@ -66,7 +66,7 @@ def _block_kernel(
     x_ptr, w_ptr, scale_ptr, index_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K, stride_xm, per,
     DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, OFFSET: tl.constexpr,
     SCALE_WEIGHT: tl.constexpr, JOIN: tl.constexpr, MASK_K: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
+    WAIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum over the stored blocks of n's row of sum_k x[m, k] * value[n, k] * scale + bias[n]
 
@@ -122,7 +122,7 @@ def _block_kernel(
             w = concat(planes, j * SLICES, SLICES)
             total = tl.dot(w, x, total, input_precision=PRECISION)
         if GROUP is None or SCALE_WEIGHT:
-            acc = total
+            acc = settled(total) if WAIT else total
         else:
             acc += total * wide_scale[:, None]
         if GROUP is not None:
@@ -269,6 +269,7 @@ def block_constexprs(
         "MASK_K": in_features % config.block_n != 0,
         "PTX": target.nvidia,
         "PRECISION": target.precision(dtype),
+        "WAIT": target.nvidia and config.waits_for_operands(target.capability),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         # Parts that are read at a time to be added: of few tokens as many as 64 registers hold.

@@ -71,6 +71,16 @@ class Config:
         """
         return 1 if capability != (9, 0) else max(1, min(8, 64 * 32 * self.num_warps // (self.block_m * self.block_n)))
 
+    def waits_for_operands(self, capability: Capability) -> bool:
+        """Whether a program waits for a product before it decodes the next block.
+
+        On sm_90 products read the decoded weight from registers while the program goes on. Triton, which by PTX may
+        not, and ptxas decode the next block into them ahead of the wait. Whether numbers come out wrong only a GPU can
+        tell: if the stage ``operands`` of ``python -m bench gpu`` says so, this has to be ``capability == (9, 0)``.
+        What that costs is in :mod:`bench.waiting`.
+        """
+        return False
+
     def options(self, fmt: Format, capability: Capability) -> dict[str, int]:
         """What the kernel is compiled with, beside its constants."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}

@@ -22,7 +22,7 @@ from qlinear.kernels.decode import DECODERS
 from qlinear.kernels.epilogue import share_partials, split_buffers, store_output
 from qlinear.kernels.runtime import Target, aligned, device_guard, target_of
 from qlinear.kernels.tiles import TILE_N as TILE_ROWS
-from qlinear.kernels.tiles import concat, decode_block, load_scales, scale_planes, scale_rows
+from qlinear.kernels.tiles import concat, decode_block, load_scales, scale_planes, scale_rows, settled
 from qlinear.kernels.tuned import config_on
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def _matmul_kernel(
     M, N, K, stride_xm, splits,
     DECODE: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, SCALE_WEIGHT: tl.constexpr,
     JOIN: tl.constexpr, MASK_K: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
-    FLOAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
+    FLOAT: tl.constexpr, WAIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] * (code[n, k] - zero[n, k // GROUP]) * scale[n, k // GROUP] * x_scale[m] + bias[n]
 
@@ -43,7 +43,7 @@ def _matmul_kernel(
     prepared layout (see tiles.py); GROUP is None where a scale belongs to a whole row. index: of a 2:4 weight (see
     sparse24.py), None of others. FLOAT: codes are the bits of floats in the dtype of scale, which is empty. partial,
     counter: see share_partials. Products are x's, the sum is float32, or int32 for a row of int8. UNIT: of decoded
-    numbers.
+    numbers. WAIT: see Config.waits_for_operands.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     PRODUCT: tl.constexpr = tl.int32 if DT == tl.int8 else tl.float32
@@ -128,7 +128,7 @@ def _matmul_kernel(
                 else:
                     total = tl.dot(w, x, total, input_precision=PRECISION, out_dtype=PRODUCT)
             if GROUP is None or SCALE_WEIGHT:
-                acc = total
+                acc = settled(total) if WAIT else total
             else:
                 acc += total.to(tl.float32) * (scales[i].to(tl.float32) * UNIT)[:, None]
         w_base += TILE_ROWS * WORDS
@@ -163,6 +163,7 @@ def constexprs(fmt: Format, dtype: torch.dtype, in_features: int, config: Config
         "PRECISION": target.precision(dtype),
         "UNIT": decoder.units.get(dtype, 1.0),
         "FLOAT": fmt.number == "float",
+        "WAIT": target.nvidia and config.waits_for_operands(target.capability),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "AHEAD": config.parts_ahead(target.capability),

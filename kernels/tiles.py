@@ -122,6 +122,16 @@ def scale_planes(planes, scales, PLANES: tl.constexpr, COUNT: tl.constexpr, DT: 
 
 
 @triton.jit
+def settled(total):
+    """A sum of 32-bit numbers as it is, on NVIDIA's GPUs: read in the loop that adds to it.
+
+    Only a sum that nothing but the next product reads stays under way while the next block is decoded; for this one
+    Triton waits as soon as its product is started. No instruction comes of it: ptxas drops the copy.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=total.dtype, is_pure=True, pack=1)
+
+
+@triton.jit
 def concat(planes, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """``COUNT`` planes ``[rows, W]`` from ``FIRST`` on, side by side: ``[rows, COUNT * W]``.
 
