@@ -144,6 +144,24 @@ def test_fma_at_a_tie(name, patterns, tiny):
     assert fused(name, patterns) == pattern(name, a * b + c)
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["plus", "minus"])
+@pytest.mark.parametrize(
+    ("a", "b", "c"),
+    [
+        # In float64 all of these are 2^-60 beside a tie, which they become when they are rounded to float64.
+        (Fraction(1774001, 2**30), Fraction(38737, 2**30), Fraction(1)),
+        (Fraction(2**18 + 1, 2**42), Fraction(2**18 - 1, 2**18), Fraction(2**23 + 1, 2**23)),
+        (Fraction(2**18 + 1, 2**42 * 2**100), Fraction(2**18 - 1, 2**18), Fraction(2**23 + 1, 2**123)),
+    ],
+    ids=["above", "below", "small"],
+)
+def test_fma_of_float32_beside_a_tie(a, b, c, sign):
+    exact = sign * (a * b + c)
+    bits_of = [pattern("f32", sign * a), pattern("f32", b), pattern("f32", sign * c)]
+    twice = np.float32(float(exact)).view(np.uint32)
+    assert fused("f32", bits_of) == pattern("f32", exact) != twice
+
+
 @pytest.mark.parametrize("name", ["largest", "smallest", "largest_nan", "smallest_nan"])
 def test_extremes_order_zeros_and_nan(name):
     nan, function = float("nan"), getattr(arithmetic, name)

@@ -12,11 +12,12 @@ from ptx_scalar import reference, signed
 THREADS = 256
 HEADS = sorted({opcode.split(".")[0] for opcode in RULES})
 #: Zero, subnormal, smallest, one, largest, infinite, NaN: of float16 and bfloat16; of float32, with ties of the others.
+#: The last two are integers beside a tie of bfloat16, which float32 would round to it.
 FLOATS_16 = (0, 1, 0x3FF, 0x400, 0x3C00, 0x7BFF, 0x7C00, 0x7C01, 0x7E00, 0x3F80, 0x7F7F, 0x7F80, 0x7FFF, 0x80,
              0x3555)  # fmt: skip
 FLOATS_32 = (0, 1, 0x7FFFFF, 0x800000, 0x3F800000, 0x3F808000, 0x3F801000, 0x477FE000, 0x477FF000, 0x43E00000,
              0x43E80000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x33800000, 0x4EFFFFFF, 0x4F000000,
-             0x5F000000)  # fmt: skip
+             0x5F000000, 0x40400001, 0x40BFFFFF)  # fmt: skip
 
 
 def patterns(width: int, draw: np.random.Generator) -> list[int]:
