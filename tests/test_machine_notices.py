@@ -178,9 +178,7 @@ class Kernel:
         )
         executed = {ins.text for number in self.code.visited for ins in self._instructions(number)}
         places = [
-            found
-            for found in pattern.finditer(self.text, body)
-            if " ".join(found[0].strip(" \t;").split()) in executed
+            found for found in pattern.finditer(self.text, body) if " ".join(found[0].strip(" \t;").split()) in executed
         ]
         for found in draw.sample(places, CONSTANTS):
             old = found[1]
@@ -194,9 +192,11 @@ class Kernel:
         return [ins for ins in (*found, block.last) if hasattr(ins, "text")]
 
     def barriers(self) -> dict[str, Any]:
-        """The lines of the barriers that two warps need, by the trace, and of those that the machine reports missing."""
+        """Lines of the barriers that order something, by the trace, and of those that the machine reports missing."""
         spans = self.places(BARRIER)
-        blocks = [number for number, block in enumerate(self.code.blocks) if block.last and block.last.opcode == BARRIER]
+        blocks = [
+            number for number, block in enumerate(self.code.blocks) if block.last and block.last.opcode == BARRIER
+        ]
         assert len(spans) == len(blocks)
         needed, reported, said = [], [], Counter()
         for number, (start, end) in zip(blocks, spans, strict=True):
@@ -224,7 +224,7 @@ class Traced(SharedMemory):
 
     def __init__(self, size: int, threads: int) -> None:
         super().__init__(size, threads)
-        #: (block after the barrier, None for the start) and, since then: (warp, or None for tensor cores; writes; bytes).
+        #: (block after the barrier, None at first) and, since then: (warp, None for tensor cores; writes; bytes).
         self.phases: list[tuple[int | None, list[tuple[int | None, bool, set[int]]]]] = [(None, [])]
 
     def barrier(self, place: int) -> None:

@@ -199,3 +199,16 @@ def test_a_refusal_says_where():
     text += '.file 1 "/x/tiles.py"'
     with pytest.raises(Unknown, match=r"add\.ftz\.f32 r0, r1, r2 \(tiles\.py:12\)"):
         Translator(64, {}).lines(parse(text).body[0], False)
+
+
+def test_constants_that_are_written_in_two_ways_are_one():
+    """Of 64 bits in hexadecimal, or signed: each name stands for one array, however often it is asked for."""
+    translator = Translator(32, {})
+    names = [
+        translator.constant(value, kind)
+        for _ in range(3)
+        for value, kind in ((0xFFFFFFFFFFFFFF80, "u2"), (-128, "u2"), (7, "u8"), (5, "u4"))
+    ]
+    assert len(set(names)) == 3
+    values = [(translator.names[name].dtype.itemsize, int(translator.names[name][0])) for name in names[:4]]
+    assert values == [(2, 0xFF80), (2, 0xFF80), (8, 7), (4, 5)]

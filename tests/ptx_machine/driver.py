@@ -22,11 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 
-from ptx_machine.machine import Machine, Schedule
+import qlinear.kernels
+from ptx_machine.machine import IN_ORDER, Machine, Schedule
 from ptx_machine.memory import Array, GlobalMemory
 from ptx_machine.parse import parse
-
-import qlinear.kernels
 from qlinear.kernels import runtime
 from qlinear.kernels.configs import shared_bytes
 from qlinear.kernels.runtime import Target
@@ -163,7 +162,9 @@ def _bytes(tensor: torch.Tensor) -> Array:
 
 @contextmanager
 def on_the_machine(
-    arch: int, schedule: Schedule = Schedule(), edit: Callable[[str], str] | None = None  # noqa: B008 - frozen
+    arch: int,
+    schedule: Schedule = IN_ORDER,
+    edit: Callable[[str], str] | None = None,
 ) -> Iterator[Driver]:
     """Lets the project's launchers run on CPU tensors as on a GPU of architecture ``arch``.
 

@@ -67,6 +67,13 @@ def _unpack(strand: Strand, ins: Instruction, lanes: Array | None, data: Array) 
         strand.put(register, lanes, column)
 
 
+def _skip(strand: Strand, ins: Instruction, lanes: Array | None) -> None:
+    """None of the threads loads: what they hold is any number, which others of their warp may be told by a shuffle."""
+    if ins.parts[0] == "ld":
+        count, size, _ = _shape(ins)
+        _unpack(strand, ins, lanes, np.empty((0, count * size), np.uint8))
+
+
 def _pack(strand: Strand, ins: Instruction, lanes: Array | None) -> Array:
     """The bytes ``[threads, width]`` of a store."""
     _, size, _ = _shape(ins)
@@ -85,6 +92,7 @@ def _global(ins: Instruction) -> Effect:
     def step(strand: Strand, mask: Array | None) -> None:
         lanes = strand.lanes(ins, mask)
         if lanes is not None and not len(lanes):
+            _skip(strand, ins, lanes)
             return
         addresses = strand.addresses(ins.operands[0 if store else 1], lanes)
         if store:
@@ -104,6 +112,7 @@ def _shared(ins: Instruction) -> Effect:
         lanes = strand.lanes(ins, mask)
         threads = strand.threads if lanes is None else strand.threads[lanes]
         if not len(threads):
+            _skip(strand, ins, lanes)
             return
         addresses = strand.addresses(ins.operands[0 if store else 1], lanes)
         if store:

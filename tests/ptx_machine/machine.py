@@ -19,7 +19,17 @@ from ptx_machine.wgmma import WARPGROUP
 #: What an instruction that is not elementwise does to the threads of a strand that are on (None: all).
 Effect = Callable[[Strand, Array | None], None]
 Step = Elementwise | tuple[Instruction, Effect]
-_ENDS = ("bra", "bra.uni", "ret", "exit", "trap", "bar.sync", "barrier.sync", "barrier.sync.aligned", "bar.sync.aligned")
+_ENDS = (
+    "bra",
+    "bra.uni",
+    "ret",
+    "exit",
+    "trap",
+    "bar.sync",
+    "barrier.sync",
+    "barrier.sync.aligned",
+    "bar.sync.aligned",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,10 @@ class Schedule:
     warpgroups: str = "together"
     seed: int = 0
     apart: int = WARPGROUP
+
+
+#: One after the other.
+IN_ORDER = Schedule()
 
 
 @dataclass
@@ -122,7 +136,9 @@ class Cta:
         """Yields before every atomic."""
         # Made here, so that programs which have not begun, or are done, hold no registers.
         self.shared = SharedMemory(self.code.shared, self.code.program.threads)
-        strands = [Strand(self, first, self.code.width) for first in range(0, self.code.program.threads, self.code.width)]
+        strands = [
+            Strand(self, first, self.code.width) for first in range(0, self.code.program.threads, self.code.width)
+        ]
         running = {strand: strand.run() for strand in (reversed(strands) if warpgroups == "backward" else strands)}
         waiting: list[Strand] = []
         while running:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ptx_machine.elementwise import Elementwise
 from ptx_machine.memory import Array, Fault
 from ptx_machine.parse import Address, Immediate, Instruction, Register, Symbol
-from ptx_machine.elementwise import Elementwise
 from ptx_machine.translate import Unknown
 from ptx_machine.wgmma import Wgmma
 
@@ -77,7 +77,9 @@ class Strand:
         while ready or parked:
             if not ready:
                 if len(parked) > 1 or gone.any():
-                    raise Fault(f"some threads are not at the barrier that the others wait at; program {self.cta.place}")
+                    raise Fault(
+                        f"some threads are not at the barrier that the others wait at; program {self.cta.place}"
+                    )
                 (self.place,) = parked
                 yield Event.BARRIER
                 ready, parked = parked, {}

@@ -68,11 +68,11 @@ class Translator:
 
     def constant(self, value: int, kind: str) -> str:
         """The name of an array of it."""
+        how = KINDS[kind]
+        width = 8 * max(1, how.size)
+        # Constants have 64 bits: a negative one may be written in hexadecimal.
+        value = value - (1 << 64) if width < 64 and 1 << 63 <= value < 1 << 64 else value
         if (value, kind) not in self._constants:
-            how = KINDS[kind]
-            width = 8 * max(1, how.size)
-            # Constants have 64 bits: a negative one may be written in hexadecimal.
-            value = value - (1 << 64) if width < 64 and 1 << 63 <= value < 1 << 64 else value
             if not -(1 << width - 1) <= value < 1 << width:
                 raise Unknown(f"{value} has more than {width} bits")
             array = np.full(self.threads, value & ((1 << width) - 1), f"u{width // 8}")

@@ -61,7 +61,16 @@ def _matrix(ins: Instruction) -> Effect:
     """PTX ISA, "ldmatrix" and "stmatrix": the threads 0 to 7 have the addresses of the first matrix's rows, ..."""
     store, turned = ins.parts[0] == "stmatrix", "trans" in ins.parts
     count = next((int(p[1]) for p in ins.parts if p in ("x1", "x2", "x4")), 0)
-    if not count or set(ins.parts[1:]) - {"sync", "aligned", "m8n8", f"x{count}", "trans", "shared", "shared::cta", "b16"}:
+    if not count or set(ins.parts[1:]) - {
+        "sync",
+        "aligned",
+        "m8n8",
+        f"x{count}",
+        "trans",
+        "shared",
+        "shared::cta",
+        "b16",
+    }:
         raise _unknown(ins)
 
     def step(strand: Strand, mask: Array | None) -> None:

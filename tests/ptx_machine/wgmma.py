@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: Threads of a warpgroup.
 WARPGROUP = 128
-#: A note of a program, not a fault: the PTX ISA leaves it undefined, Triton's compiler does it, and only a GPU can tell.
+#: A note, not a fault: the PTX ISA leaves it undefined, Triton's compiler does it, and only a GPU can tell.
 REWRITTEN = "a register of A was written while a wgmma may still read it"
 #: Bytes of a row that is swizzled, in units of 16, and the bits of the address that take part, by the mode.
 _SWIZZLES = {0: (1, 0), 1: (8, 7), 2: (4, 3), 3: (2, 1)}
