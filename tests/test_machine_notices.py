@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from asked import answers
@@ -39,30 +39,35 @@ class Case:
     dtype: torch.dtype
     config: Config
     problem: Problem
+    #: Whether `--every-kernel` is needed for it.
+    rare: bool = False
 
     def __str__(self) -> str:
         return f"sm_{self.arch}-{self.scheme}-{self.config}"
 
 
+#: Problems fill all but the last row of their tile, so that few constants are for what is not there.
 CASES = (
-    Case(80, "w4a16", torch.float16, Config(16, 64, 4, 4, 2), (13, 71, 1536)),
-    Case(80, "w4a16-2:4", torch.bfloat16, Config(64, 64, 4, 4, 2), (33, 71, 1536)),
+    Case(80, "w4a16", torch.float16, Config(16, 64, 4, 4, 2), (15, 63, 1536)),
+    Case(80, "w4a16-2:4", torch.bfloat16, Config(64, 64, 4, 4, 2), (63, 63, 1536), rare=True),
     # Operand A in registers, two products under way at a time.
-    Case(90, "w4a16", torch.float16, Config(64, 128, 4, 4, 2), (33, 71, 2048)),
+    Case(90, "w4a16", torch.float16, Config(64, 128, 4, 4, 2), (63, 127, 1536)),
     # Two warpgroups; both operands in shared memory.
-    Case(90, "w8a8", torch.float16, Config(128, 128, 8, 4, 2), (125, 121, 2048)),
-    Case(90, "w4a16-g64-asym", torch.bfloat16, Config(128, 256, 8, 3, 2), (125, 249, 2048)),
+    Case(90, "w8a8", torch.float16, Config(128, 128, 8, 4, 2), (127, 127, 1536)),
+    Case(90, "w4a16-g64-asym", torch.bfloat16, Config(128, 256, 8, 3, 2), (127, 255, 1536), rare=True),
 )
 BARRIER = "bar.sync"
 #: What waits for, or orders, what is asynchronous.
 ASYNCHRONOUS = (
     "cp.async.wait_group", "fence.proxy.async", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group",
 )  # fmt: skip
-#: Of those that are asynchronous: what may go unnoticed, and why.
-REDUNDANT: dict[tuple[int, str], str] = {}
+#: How many of them may go unnoticed, by case. In the loop of the third two products are under way: a group that is not
+#: committed waits with the next one, and of two waits the other orders the buffers; both are there for the registers of
+#: A, which the compiler overwrites early all the same (bench/operands.py counts where).
+REDUNDANT = {(2, "wgmma.commit_group"): 1, (2, "wgmma.wait_group"): 2}
 #: Constants that are changed, one at a time, of each kernel; and how many of them may change nothing at all: bits that
 #: are masked anyway, defaults of loads that are on, what only another shape needs.
-CONSTANTS, EQUIVALENT = 25, 0.2
+CONSTANTS, EQUIVALENT = 25, 0.25
 
 QUESTIONS = [(case, kind) for case in range(len(CASES)) for kind in (BARRIER, "asynchronous", "constants")]
 
@@ -73,8 +78,12 @@ def found(request: pytest.FixtureRequest) -> dict[int, dict[str, Any]]:
 
 
 def of_kind(kind: str) -> Any:
-    questions = [(i, CASES[case]) for i, (case, of) in enumerate(QUESTIONS) if of == kind]
-    return pytest.mark.parametrize("index", [pytest.param(i, id=str(case)) for i, case in questions])
+    found = []
+    for i, (case, of) in enumerate(QUESTIONS):
+        if of == kind:
+            marks = (pytest.mark.every_kernel,) if CASES[case].rare else ()
+            found.append(pytest.param(i, id=str(CASES[case]), marks=marks))
+    return pytest.mark.parametrize("index", found)
 
 
 @of_kind(BARRIER)
@@ -88,11 +97,12 @@ def test_a_barrier_is_missed_exactly_where_it_orders_something(index: int, found
 def test_what_waits_is_missed(index: int, found: dict[int, dict[str, Any]]) -> None:
     result, (case, _) = found[index], QUESTIONS[index]
     assert "error" not in result, result["error"]
-    kinds = {kind for kind, _, _ in result["outcomes"]}
-    assert kinds >= ({"cp.async.wait_group"} if CASES[case].arch == 80 else set(ASYNCHRONOUS))
+    kinds = [kind for kind, _, _ in result["outcomes"]]
+    assert set(kinds) >= ({"cp.async.wait_group"} if CASES[case].arch == 80 else set(ASYNCHRONOUS))
     unnoticed = [kind for kind, _, said in result["outcomes"] if said == SAME]
-    allowed = [kind for (of, kind), _why in REDUNDANT.items() if of == case]
-    assert sorted(unnoticed) == sorted(allowed)
+    assert {kind: unnoticed.count(kind) for kind in unnoticed} == {
+        kind: count for (of, kind), count in REDUNDANT.items() if of == case
+    }
 
 
 @of_kind("constants")
@@ -132,6 +142,8 @@ class Kernel:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(machine_module, "SharedMemory", lambda *a: self.trace.append(Traced(*a)) or self.trace[-1])
             self.y, self.notes = self.run()
+        # Of this kernel, and not of the one that rounds tokens before it.
+        self.trace = [traced for traced in self.trace if traced.size == self.code.shared]
         difference = self.y.double() - reference.matmul(self.x, self.packed, self.bias)
         assert float(difference.norm() / self.y.double().norm()) <= FORMATS[case.scheme].max_error(case.dtype)
 
@@ -198,18 +210,16 @@ class Kernel:
             number for number, block in enumerate(self.code.blocks) if block.last and block.last.opcode == BARRIER
         ]
         assert len(spans) == len(blocks)
-        needed, reported, said = [], [], Counter()
+        needed, reported = [], []
         for number, (start, end) in zip(blocks, spans, strict=True):
             if number not in self.code.visited:
                 continue
             line = self.text[:start].count("\n") + 1
             if any(traced.conflict_without(number + 1) for traced in self.trace) or self._shares(number + 1):
                 needed.append(line)
-            outcome = self.changed(start, end, "")
-            if outcome != SAME:
+            if self.changed(start, end, "") != SAME:
                 reported.append(line)
-            said[outcome] += 1
-        return {"needed": needed, "reported": reported, "said": said}
+        return {"needed": needed, "reported": reported}
 
     def _shares(self, place: int) -> bool:
         """Whether an atomic comes between it and the next: what the program wrote must be written by then."""
@@ -219,32 +229,45 @@ class Kernel:
         return False
 
 
+#: Stands for tensor cores beside the bits of warps.
+_TENSOR_CORES = 31
+
+
 class Traced(SharedMemory):
-    """Keeps who touched which bytes between barriers."""
+    """Keeps who touched what between barriers: for each byte a bit for each warp that read it, and that wrote."""
 
     def __init__(self, size: int, threads: int) -> None:
         super().__init__(size, threads)
-        #: (block after the barrier, None at first) and, since then: (warp, None for tensor cores; writes; bytes).
-        self.phases: list[tuple[int | None, list[tuple[int | None, bool, set[int]]]]] = [(None, [])]
+        #: (block after the barrier, None at first), readers and writers since then.
+        self.phases: list[tuple[int | None, Any, Any]] = []
+        self._begin(None)
+
+    def _begin(self, place: int | None) -> None:
+        self.phases.append((place, np.zeros(self.size, np.uint32), np.zeros(self.size, np.uint32)))
 
     def barrier(self, place: int) -> None:
         super().barrier(place)
-        self.phases.append((place, []))
+        self._begin(place)
 
     def conflict_without(self, place: int) -> bool:
-        """Whether two warps meet at a byte, one writing, if the barriers before block ``place`` are not there."""
-        merged: list[list[tuple[int | None, bool, set[int]]]] = []
-        for before, touched in self.phases:
-            if before == place and merged:
-                merged[-1] = merged[-1] + touched
+        """Whether a byte is written by one and touched by another if the barriers before block ``place`` are not there.
+
+        Between barriers that stay there is no conflict, else the machine would have said so.
+        """
+        readers, writers = self.phases[0][1:]
+        for before, more_readers, more_writers in self.phases[1:]:
+            if before == place:
+                readers, writers = readers | more_readers, writers | more_writers
+                one_writer = writers & (writers - np.uint32(1)) == 0
+                if ((writers != 0) & ~(one_writer & (readers & ~writers == 0))).any():
+                    return True
             else:
-                merged.append(touched)
-        return any(_conflict(touched) for touched in merged)
+                readers, writers = more_readers, more_writers
+        return False
 
     def _note(self, index: Any, threads: Any, writes: bool) -> None:
-        warps = threads // 32
-        for warp in sorted({int(warp) for warp in warps}):
-            self.phases[-1][1].append((warp, writes, set(index[warps == warp].reshape(-1).tolist())))
+        for warp in np.unique(threads // 32):
+            self.phases[-1][1 + writes][index[threads // 32 == warp]] |= np.uint32(1 << warp)
 
     def load(self, addresses: Any, width: int, threads: Any, place: str) -> Any:
         self._note(self.index(addresses, width, "load"), threads, False)
@@ -263,25 +286,13 @@ class Traced(SharedMemory):
         super().end_copy(index, data, threads)
 
     def begin_product(self, index: Any) -> None:
-        self.phases[-1][1].append((None, False, set(index.tolist())))
+        self.phases[-1][1][index] |= np.uint32(1 << _TENSOR_CORES)
         super().begin_product(index)
 
     def end_product(self, index: Any, warps: Any) -> None:
         for warp in warps.tolist():
-            self.phases[-1][1].append((warp, False, set(index.tolist())))
+            self.phases[-1][1][index] |= np.uint32(1 << warp)
         super().end_product(index, warps)
-
-
-def _conflict(touched: list[tuple[int | None, bool, set[int]]]) -> bool:
-    """Whether a byte is written by one warp and touched by another."""
-    writers: dict[int, set[int | None]] = {}
-    users: dict[int, set[int | None]] = {}
-    for warp, writes, indices in touched:
-        for index in indices:
-            users.setdefault(index, set()).add(warp)
-            if writes:
-                writers.setdefault(index, set()).add(warp)
-    return any(users[index] != warps or len(warps) > 1 for index, warps in writers.items())
 
 
 if __name__ == "__main__":
