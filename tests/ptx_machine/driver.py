@@ -175,7 +175,8 @@ def on_the_machine(
         importlib.import_module(f"qlinear.kernels.{name}")
     driver = Driver(arch, schedule, edit)
     target = Target(capability(arch), _PROCESSORS.get(arch, 128))
-    modules = [m for name, m in list(sys.modules.items()) if name.startswith("qlinear") and hasattr(m, "target_of")]
+    ours = [module for name, module in list(sys.modules.items()) if name.startswith(("qlinear", "bench"))]
+    modules: list[Any] = [module for module in ours if hasattr(module, "target_of")]
     old = {module: module.target_of for module in modules}
     empty: Any = torch.empty
     make_cubin, active = CUDABackend.make_cubin, triton.runtime.driver._active
