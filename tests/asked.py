@@ -20,13 +20,7 @@ def answers(
         file: the test file, which run as a program is the worker: it calls :func:`bench.workers.answer`.
         effort: the largest is asked for first, so that no process ends long after the others.
     """
-    items = [item for item in request.session.items if item.path == Path(file)]
-    wanted = {item.callspec.params["index"] for item in items if "index" in getattr(item, "callspec", NONE).params}
+    calls = [item.callspec for item in request.session.items if item.path == Path(file) and hasattr(item, "callspec")]
+    wanted = {call.params["index"] for call in calls if "index" in call.params}
     indices = sorted(wanted, key=lambda index: (-effort(index), index))
     return dict(zip(indices, ask([file], indices), strict=True))
-
-
-class NONE:
-    """The parameters of a test without parameters."""
-
-    params: dict[str, Any] = {}  # noqa: RUF012 - never written

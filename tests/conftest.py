@@ -109,7 +109,6 @@ def pytest_configure(config: pytest.Config) -> None:
     elif not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     config.addinivalue_line("markers", "every_kernel: runs with --every-kernel only")
-    config.addinivalue_line("markers", "compiled: needs the result of a compilation that tests/test_compile.py makes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
+from asked import answers
 from test_matmul import MEDIUM
 
-from bench.workers import answer, ask
+from bench.workers import answer
 from qlinear.format import DENSE, FORMATS, Format
 from qlinear.kernels.bitmap import shipped_bitmap_configs
 from qlinear.kernels.blocks import shipped_block_configs
@@ -144,14 +145,9 @@ def parameters() -> list[object]:
 @pytest.fixture(scope="session")
 def compiled(request):
     """The results of all jobs that were selected, compiled at the first use."""
-    items = [item for item in request.session.items if item.get_closest_marker("compiled")]
-    wanted = [item.callspec.params["index"] for item in items]
-    # The longest first.
-    indices = sorted(wanted, key=lambda index: JOBS[index].effort, reverse=True)
-    return dict(zip(indices, ask([__file__], indices), strict=True))
+    return answers(request, __file__, lambda index: JOBS[index].effort)
 
 
-@pytest.mark.compiled
 @pytest.mark.parametrize("index", parameters())
 def test_compiles_to_what_it_should(index, compiled):
     job, result = JOBS[index], compiled[index]
