@@ -83,7 +83,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=(80, 89, 90),
         metavar="ARCH",
         help="Run the kernels' tests, and no others, on what is compiled for sm_ARCH (80, 89 or 90): the PTX machine "
-        "in tests/ptx_machine executes it. 10 minutes or so, no GPU needed.",
+        "in tests/ptx_machine executes it. Five minutes or so on two cores, no GPU needed.",
     )
 
 
