@@ -33,15 +33,10 @@ def effect(ins: Instruction) -> Effect | None:
         space = next((p.split("::")[0] for p in ins.parts if p.split("::")[0] in _SPACES), "generic")
         make = {"global": _global, "shared": _shared, "param": _parameter}.get(space)
         if make is None or set(ins.parts[1:-1]) - _HARMLESS:
-            raise Unknown(f"{ins.text} ({ins.line})")
+            raise Unknown(ins.place)
     else:
         make = _EFFECTS.get(head) or warps.EFFECTS.get(head)
     return None if make is None else make(ins)
-
-
-def place_of(ins: Instruction) -> str:
-    """An instruction and the line of the kernel, for a message."""
-    return f"{ins.text} ({ins.line})"
 
 
 # --- loads and stores ------------------------------------------------------------------------------------------------
@@ -118,7 +113,7 @@ def _shared(ins: Instruction) -> Effect:
         if store:
             strand.shared.store(addresses, _pack(strand, ins, lanes), threads)
         else:
-            _unpack(strand, ins, lanes, strand.shared.load(addresses, count * size, threads, place_of(ins)))
+            _unpack(strand, ins, lanes, strand.shared.load(addresses, count * size, threads, ins.place))
 
     return step
 
@@ -137,7 +132,7 @@ def _parameter(ins: Instruction) -> Effect:
 def _atomic(ins: Instruction) -> Effect:
     """PTX ISA, "atom": the one that counts programs in."""
     if ins.parts[1:] != ["global", "gpu", "acq_rel", "add", "u32"]:
-        raise Unknown(place_of(ins))
+        raise Unknown(ins.place)
     target, address, operand = ins.operands
 
     def step(strand: Strand, mask: Array | None) -> None:
@@ -168,7 +163,7 @@ def _copy(ins: Instruction) -> Effect:
     if ins.opcode in ("cp.async.wait_group", "cp.async.wait_all"):
         return _wait(ins)
     if what not in ("ca", "cg") or ins.parts[3:] not in (["shared", "global"], ["shared::cta", "global"]):
-        raise Unknown(place_of(ins))
+        raise Unknown(ins.place)
     width = ins.operands[2].value
     count = ins.operands[3] if len(ins.operands) > 3 else Immediate(width)
 

@@ -41,13 +41,11 @@ class Schedule:
             next atomic, in turns.
         warpgroups: ``together``: all threads of a program in step. ``forward``, ``backward``: each warpgroup as far as
             it gets before the next runs; ``random``: a block of instructions at a time.
-        apart: threads that go in step where not all do; fewer than a warpgroup for code without wgmma only.
     """
 
     programs: str = "forward"
     warpgroups: str = "together"
     seed: int = 0
-    apart: int = WARPGROUP
 
 
 #: One after the other.
@@ -184,7 +182,7 @@ class Machine:
             Fault: a program did what is undefined; the message names the instruction and the line of the kernel.
         """
         threads = self.program.threads
-        width = threads if schedule.warpgroups == "together" else min(threads, schedule.apart)
+        width = threads if schedule.warpgroups == "together" else min(threads, WARPGROUP)
         if width not in self.codes:
             self.codes[width] = Code(self.program, self.shared, width)
         code = self.codes[width]

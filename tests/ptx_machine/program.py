@@ -67,6 +67,11 @@ class Instruction:
         """The opcode at its dots."""
         return self.opcode.split(".")
 
+    @property
+    def place(self) -> str:
+        """The text and the line of the kernel, for messages."""
+        return f"{self.text} ({self.line})"
+
 
 @dataclass
 class Program:

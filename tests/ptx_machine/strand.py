@@ -151,7 +151,7 @@ class Strand:
         said = str(error) if isinstance(error, Fault | Unknown) else repr(error)
         if isinstance(step, Elementwise) and "None" in said:
             said = "a register that is not there yet, or never was"
-        return Fault(f"{said}; program {self.cta.place}, at {ins.text} ({ins.line})")
+        return Fault(f"{said}; program {self.cta.place}, at {ins.place}")
 
     # --- what instructions are made of -------------------------------------------------------------------------------
 

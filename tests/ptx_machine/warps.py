@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 _MMA = re.compile(
     r"mma\.(sync|sp::ordered_metadata\.sync)\.aligned\.m16n8k(\d+)\.row\.col\.(?:satfinite\.)?(f32|s32)\.(\w+)\.\4\.\3"
 )
-
-
-def _unknown(ins: Instruction) -> Unknown:
-    return Unknown(f"{ins.text} ({ins.line})")
+#: What ldmatrix and stmatrix are written with, beside the number of matrices.
+_MATRIX = {"sync", "aligned", "m8n8", "trans", "shared", "shared::cta", "b16"}
 
 
 def _put(strand: Strand, lanes: Array | None, targets: list[Any], values: list[Array]) -> None:
@@ -36,12 +34,12 @@ def _mma(ins: Instruction) -> Effect:
     """PTX ISA, "mma" and "mma.sp::ordered_metadata"."""
     found = _MMA.fullmatch(ins.opcode)
     if found is None or found[4] not in fragments.PACKED:
-        raise _unknown(ins)
+        raise Unknown(ins.place)
     sparse, k, kind = found[1] != "sync", int(found[2]), found[4]
     # Integers that overflow would wrap without .satfinite.
     wraps = kind == "s8" and ".satfinite." not in ins.opcode
     if k != 8 * fragments.PACKED[kind] * (2 if sparse else 1) or wraps:
-        raise _unknown(ins)
+        raise Unknown(ins.place)
     d, a, b, c = (registers(operand) for operand in ins.operands[:4])
 
     def step(strand: Strand, mask: Array | None) -> None:
@@ -61,17 +59,8 @@ def _matrix(ins: Instruction) -> Effect:
     """PTX ISA, "ldmatrix" and "stmatrix": the threads 0 to 7 have the addresses of the first matrix's rows, ..."""
     store, turned = ins.parts[0] == "stmatrix", "trans" in ins.parts
     count = next((int(p[1]) for p in ins.parts if p in ("x1", "x2", "x4")), 0)
-    if not count or set(ins.parts[1:]) - {
-        "sync",
-        "aligned",
-        "m8n8",
-        f"x{count}",
-        "trans",
-        "shared",
-        "shared::cta",
-        "b16",
-    }:
-        raise _unknown(ins)
+    if not count or set(ins.parts[1:]) - _MATRIX - {f"x{count}"}:
+        raise Unknown(ins.place)
 
     def step(strand: Strand, mask: Array | None) -> None:
         lanes = strand.whole_warps(ins, mask)
@@ -86,7 +75,7 @@ def _matrix(ins: Instruction) -> Effect:
             values = [strand.value(register) for register in registers(ins.operands[1])]
             strand.shared.store(addresses, fragments.to_rows(values, warps, turned), threads)
         else:
-            data = strand.shared.load(addresses, 16, threads, f"{ins.text} ({ins.line})")
+            data = strand.shared.load(addresses, 16, threads, ins.place)
             _put(strand, None, registers(ins.operands[0]), fragments.from_rows(data, warps, count, turned))
 
     return step
@@ -96,7 +85,7 @@ def _shuffle(ins: Instruction) -> Effect:
     """PTX ISA, "shfl.sync"."""
     mode = ins.parts[2]
     if ins.parts[1] != "sync" or ins.parts[3:] != ["b32"] or mode not in ("up", "down", "bfly", "idx"):
-        raise _unknown(ins)
+        raise Unknown(ins.place)
 
     def step(strand: Strand, mask: Array | None) -> None:
         lanes = strand.whole_warps(ins, mask)
@@ -126,7 +115,7 @@ def _redux(ins: Instruction) -> Effect:
     """PTX ISA, "redux.sync": every thread of a warp gets the same."""
     operation = {"max": np.max, "min": np.min, "add": np.sum}.get(ins.parts[2])
     if operation is None or ins.parts[1] != "sync" or ins.parts[3] not in ("s32", "u32") or len(ins.parts) > 4:
-        raise _unknown(ins)
+        raise Unknown(ins.place)
     kind = TYPES[ins.parts[3]]
 
     def step(strand: Strand, mask: Array | None) -> None:
@@ -143,7 +132,7 @@ def _redux(ins: Instruction) -> Effect:
 def _barrier(ins: Instruction) -> Effect:
     """PTX ISA, "bar.warp.sync"; other barriers end a block of instructions and do not come here."""
     if ins.opcode != "bar.warp.sync":
-        raise _unknown(ins)
+        raise Unknown(ins.place)
 
     def step(strand: Strand, mask: Array | None) -> None:
         lanes = strand.whole_warps(ins, mask)
@@ -162,7 +151,7 @@ def _wgmma(ins: Instruction) -> Effect:
     """PTX ISA, "wgmma"; see :mod:`ptx_machine.wgmma`."""
     what = ins.parts[1]
     if what not in ("fence", "mma_async", "commit_group", "wait_group") or ins.parts[2:4] != ["sync", "aligned"]:
-        raise _unknown(ins)
+        raise Unknown(ins.place)
 
     def step(strand: Strand, mask: Array | None) -> None:
         strand.everyone(ins, mask)
@@ -181,7 +170,7 @@ def _wgmma(ins: Instruction) -> Effect:
 def _fence(ins: Instruction) -> Effect:
     """PTX ISA, "fence.proxy.async"."""
     if ins.opcode != "fence.proxy.async.shared::cta":
-        raise _unknown(ins)
+        raise Unknown(ins.place)
 
     def step(strand: Strand, mask: Array | None) -> None:
         strand.everyone(ins, mask)

@@ -106,12 +106,12 @@ class Wgmma:
         """wgmma.mma_async."""
         found = re.search(r"\.m64n(\d+)k(\d+)\.(f32|s32)\.(\w+)\.(\w+)$", ins.opcode)
         if found is None or found[4] != found[5] or found[4] not in PACKED:
-            raise Unknown(f"{ins.text} ({ins.line})")
+            raise Unknown(ins.place)
         n, k, kind, integers = int(found[1]), int(found[2]), found[4], found[3] == "s32"
         d, a, b, scale_d, *immediates = ins.operands
         values = [i.value for i in immediates]
         if any(v != 1 for v in values[:2]):
-            raise Unknown(f"{ins.text} ({ins.line}): scales other than 1")
+            raise Unknown(f"{ins.place}: scales other than 1")
         # What is left says which matrices in shared memory are transposed.
         turned = [bool(v) for v in values[2:]]
         used = [(r, self._value(r)) for r in a] if isinstance(a, list) else []
